@@ -1,0 +1,1 @@
+"""What prepare is made of: sources, formats, deduplication, splits."""

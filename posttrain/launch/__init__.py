@@ -1,0 +1,1 @@
+"""Starting programs, following them, and leaving no process behind."""

@@ -1,0 +1,32 @@
+"""What a user writes: frozen pydantic models, one file a stage kind.
+
+This package imports nothing heavy: reading a recipe takes milliseconds.
+"""
+
+from posttrain.recipe.base import RowFamily, RowFormat, StageConfig, result_config
+from posttrain.recipe.convert import ConvertConfig
+from posttrain.recipe.datasets import DatasetSpec
+from posttrain.recipe.evaluate import EvaluateConfig
+from posttrain.recipe.gate import GateConfig
+from posttrain.recipe.merge import MergeConfig
+from posttrain.recipe.preflight import PreflightConfig
+from posttrain.recipe.prepare import PrepareConfig
+from posttrain.recipe.recipe import STAGES, Recipe
+from posttrain.recipe.sft import SftConfig
+
+__all__ = [
+    "STAGES",
+    "ConvertConfig",
+    "DatasetSpec",
+    "EvaluateConfig",
+    "GateConfig",
+    "MergeConfig",
+    "PreflightConfig",
+    "PrepareConfig",
+    "Recipe",
+    "RowFamily",
+    "RowFormat",
+    "SftConfig",
+    "StageConfig",
+    "result_config",
+]

@@ -1,0 +1,27 @@
+"""`gate`: pass, fail, or not enough evidence, from paired statistics."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from posttrain.recipe.base import ArtifactKind, StageConfig
+
+
+class GateConfig(StageConfig):
+    """Candidate against base, item by item: no worse than `max_drop`, or it does not pass."""
+
+    produces: ClassVar[ArtifactKind] = "verdict"
+
+    stage: Literal["gate"] = "gate"
+    max_drop: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Largest drop in accuracy that is acceptable, as a share (0.02 = two points)."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """One-sided confidence at which a drop beyond `max_drop` must be ruled out to pass."""
+    perplexity: Literal["must_improve", "must_not_rise", "ignore"] = "must_not_rise"
+    """What held-out perplexity has to do, paired by document."""
+    bootstrap_samples: Annotated[int, Field(ge=1000)] = 10_000
+    """Resamples behind each confidence interval."""
+    seed: int = 0
+    """Seed of the bootstrap."""

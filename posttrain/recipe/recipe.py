@@ -1,0 +1,95 @@
+"""The recipe: all that a user writes, as one frozen model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_serializer
+from pydantic_core import PydanticCustomError
+
+from posttrain.recipe.base import StageConfig, Strict, unhashed
+from posttrain.recipe.datasets import DatasetSpec
+from posttrain.recipe.evaluate import EvaluateConfig
+from posttrain.recipe.gate import GateConfig
+from posttrain.recipe.merge import MergeConfig
+from posttrain.recipe.prepare import PrepareConfig
+from posttrain.recipe.sft import SftConfig
+
+STAGES: dict[str, type[StageConfig]] = {
+    "prepare": PrepareConfig,
+    "sft": SftConfig,
+    "merge": MergeConfig,
+    "evaluate": EvaluateConfig,
+    "gate": GateConfig,
+}
+"""Stage kinds that a recipe may name, in the order in which they usually stand."""
+
+
+def _tag_stage(entry: Any) -> Any:
+    """Turn `{sft: {...}}`, as written, into `{stage: sft, ...}`, as validated."""
+    if isinstance(entry, StageConfig):
+        return entry
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise PydanticCustomError(
+            "stage_shape", "a stage is one key with its settings, such as `- merge: {{}}`"
+        )
+    kind, body = next(iter(entry.items()))
+    if kind not in STAGES:
+        raise PydanticCustomError(
+            "stage_kind",
+            "there is no stage `{kind}`; the stages are {known}",
+            {"kind": str(kind), "known": ", ".join(STAGES)},
+        )
+    if body is not None and not isinstance(body, dict):
+        raise PydanticCustomError(
+            "stage_body", "the settings of `{kind}` must be keys and values", {"kind": kind}
+        )
+    return {**(body or {}), "stage": kind}
+
+
+AnyStage = Annotated[
+    Annotated[
+        PrepareConfig | SftConfig | MergeConfig | EvaluateConfig | GateConfig,
+        Field(discriminator="stage"),
+    ],
+    BeforeValidator(_tag_stage),
+]
+
+
+class Tracking(Strict):
+    """Where runs are recorded. Changes no result."""
+
+    experiment: str | None = None
+    """MLflow experiment. Default: the recipe's name."""
+    enabled: bool = True
+    """Record runs in MLflow."""
+    log_level: str = "INFO"
+    """Level of the stage programs' logs."""
+
+
+class Recipe(Strict):
+    """Base model, datasets, stages."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the pipeline, in Prefect, MLflow and the store."""
+    model: str
+    """Base model: Hub id (`OWNER/NAME` or `OWNER/NAME@REVISION`), folder, `gguf:FILE` or
+    `package:NAME` for a GGUF file inside an installed Python package."""
+    datasets: dict[str, DatasetSpec] = {}
+    """Named datasets, for the stages to refer to."""
+    stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
+    """Stages in order; each takes the model of the stage before it unless it names another."""
+    tracking: Tracking = unhashed(Tracking(), "Where runs are recorded; changes no result.")
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: Any) -> dict[str, Any]:
+        """Write stages back as a person writes them: `{sft: {...}}`."""
+        data: dict[str, Any] = handler(self)
+        if "stages" in data:
+            data["stages"] = [
+                {entry["stage"]: {k: v for k, v in entry.items() if k != "stage"}}
+                for entry in data["stages"]
+            ]
+        return data

@@ -1,0 +1,1 @@
+"""One program a stage, each run as `python -m posttrain.stages.<stage> STAGE_DIR`."""

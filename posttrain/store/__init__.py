@@ -1,0 +1,1 @@
+"""Artifacts, fingerprints, manifests, locks, garbage collection."""

@@ -1,0 +1,1 @@
+"""What the training stages are made of: models, adapters, collation, callbacks."""
