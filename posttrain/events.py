@@ -131,11 +131,11 @@ class EventWriter:
 
 
 class EventReader:
-    """Reads the events that were appended since the last look."""
+    """Reads the events that were appended since the last look, or beyond `offset` bytes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, offset: int = 0) -> None:
         self._path = path
-        self._offset = 0
+        self._offset = offset
 
     def read(self) -> Iterator[Event]:
         """Yield new complete events; a line still being written waits for the next call."""
@@ -158,6 +158,19 @@ def parse_event(line: bytes | str) -> Event | None:
         return _ADAPTER.validate_json(line)
     except ValidationError:
         return None
+
+
+def describe_progress(event: Progress) -> str:
+    """`step 12/60, loss 2.310, 85 tokens/s, 3 min 10 s left`."""
+    parts = [f"{event.unit} {event.done}/{event.total}"]
+    if "loss" in event.values:
+        parts.append(f"loss {event.values['loss']:.3f}")
+    if "tokens_per_s" in event.values:
+        parts.append(f"{event.values['tokens_per_s']:,.0f} tokens/s")
+    if event.eta_s is not None:
+        minutes, seconds = divmod(round(event.eta_s), 60)
+        parts.append(f"{minutes} min {seconds} s left" if minutes else f"{seconds} s left")
+    return ", ".join(parts)
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float]:

@@ -52,7 +52,9 @@ def load_causal_lm(model: StageInput, dtype: ResolvedDType) -> PreTrainedModel:
             weights, dtype=getattr(torch, dtype), use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{weights}: cannot be loaded as a causal language model: {error}") from error
+        raise ModelError(
+            f"{weights}: cannot be loaded as a causal language model: {error}"
+        ) from error
     if torch.cuda.is_available():
         loaded = loaded.cuda()
     if model.kind == "adapter":

@@ -1,1 +1,16 @@
-"""Prefect tasks, one file a stage: inputs in, artifact out."""
+"""Prefect tasks, one file a stage: a step in, an artifact out."""
+
+from tasks.convert import convert
+from tasks.evaluate import evaluate
+from tasks.gate import gate
+from tasks.merge import merge
+from tasks.preflight import preflight
+from tasks.prepare import prepare
+from tasks.sft import sft
+
+STAGE_TASKS = {
+    task.name: task for task in (convert, preflight, prepare, sft, merge, evaluate, gate)
+}
+"""The task of each kind of stage."""
+
+__all__ = ["STAGE_TASKS"]

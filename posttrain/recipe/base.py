@@ -1,4 +1,4 @@
-"""What every recipe model is built from: frozen, strict, and explicit about what changes a result."""
+"""What every recipe model is built from: frozen, strict, clear about what changes a result."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ class StageConfig(Strict):
     """What all stages share. A subclass's `stage` literal is its name everywhere."""
 
     produces: ClassVar[ArtifactKind]
+    """Kind of artifact the stage leaves."""
+    code_version: ClassVar[int] = 1
+    """Raise it when the stage's code would give another result from the same inputs."""
 
     stage: str
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] | None = unhashed(

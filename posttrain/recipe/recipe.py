@@ -89,7 +89,7 @@ class Recipe(Strict):
         data: dict[str, Any] = handler(self)
         if "stages" in data:
             data["stages"] = [
-                {entry["stage"]: {k: v for k, v in entry.items() if k != "stage"}}
-                for entry in data["stages"]
+                {stage.stage: {key: value for key, value in entry.items() if key != "stage"}}
+                for stage, entry in zip(self.stages, data["stages"], strict=True)
             ]
         return data

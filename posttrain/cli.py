@@ -1,0 +1,350 @@
+"""The command line. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from posttrain import __version__
+from posttrain.errors import PosttrainError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from posttrain.console import OutcomeKeeper
+    from posttrain.pipeline import Pipeline
+    from posttrain.plan import Plan
+    from posttrain.store import Artifact
+
+EXIT_GATE_SAID_NO = 3
+
+app = typer.Typer(
+    name="posttrain",
+    help="From a base LLM and raw data to a fine-tuned model that is safe to ship.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad usage or recipe, 3 a gate said no.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+store_app = typer.Typer(
+    help="Look after the store of finished stages.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(store_app, name="store")
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="Recipe file, such as configs/quickstart.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a value of the recipe, such as sft.epochs=2 or "
+        "datasets.chats.source=mine.jsonl. May be given several times.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+def main() -> NoReturn:
+    """Entry point: errors of posttrain are messages, not tracebacks."""
+    try:
+        app()
+    except PosttrainError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201  # the command line's own voice
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; the next run goes on from here", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+    sys.exit(0)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"posttrain {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    from_stage: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="STAGE", help="Run this stage and all that follows from it again."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show Prefect's log as well.")
+    ] = False,
+) -> None:
+    """Run a recipe: reuse what the store has, do the rest, show what came out."""
+    from posttrain import console as show
+    from posttrain.run import verdict_of
+
+    pipeline = _open(recipe, overrides, from_stage)
+    plan = _plan(pipeline, from_stage)
+    console = _console(stderr=as_json)
+    keeper = show.OutcomeKeeper()
+    if plan.nothing_to_do:
+        console.print("Nothing to do: every stage is in the store.", style="bold")
+        _record_reuse(pipeline, plan)
+    else:
+        _run_flow(recipe, overrides, from_stage, console, keeper, verbose)
+        plan = _plan(pipeline, None)
+    artifacts = {**plan.artifacts(), **{n: o.artifact for n, o in keeper.outcomes.items()}}
+    if as_json:
+        _print_json(_summary(pipeline, artifacts, keeper))
+    else:
+        show.show_summary(console, pipeline, artifacts, keeper.outcomes)
+        console.print("Runs and their history in a browser: posttrain ui", style="dim")
+
+    if verdict_of(pipeline, artifacts) in ("fail", "not enough evidence"):
+        raise typer.Exit(EXIT_GATE_SAID_NO)
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    from_stage: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="As for `run`.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which stages would run or be reused, and why. Runs nothing."""
+    from posttrain.console import show_plan
+
+    made = _plan(_open(recipe, overrides, from_stage), from_stage)
+    if as_json:
+        steps = [
+            {
+                "stage": planned.step.name,
+                "action": planned.action,
+                "reason": planned.reason,
+                "fingerprint": planned.artifact.fingerprint if planned.artifact else None,
+            }
+            for planned in made.steps
+        ]
+        _print_json({"steps": steps})
+    else:
+        show_plan(_console(), made)
+
+
+@app.command()
+def validate(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Check a recipe, its datasets and its model. Runs nothing."""
+    pipeline = _open(recipe, overrides)
+    names = ", ".join(step.name for step in pipeline.steps)
+    typer.echo(f"{recipe}: valid; its stages: {names}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder, Hub id, gguf:FILE or package:NAME.")],
+    tasks: Annotated[
+        str, typer.Option("--tasks", metavar="A,B", help="lm-eval tasks, such as mmlu,hellaswag.")
+    ],
+    offline_root: Annotated[
+        Path | None,
+        typer.Option(help="Folder laid out like the Hub to read benchmarks from."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Items a task, drawn with a fixed seed.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on benchmarks; what was measured before is not measured again."""
+    from posttrain import console as show
+    from posttrain.evaluation import evaluate_model
+    from posttrain.home import Home
+
+    console = _console(stderr=as_json)
+    results, artifact = evaluate_model(
+        model,
+        tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        offline_root=str(offline_root) if offline_root else None,
+        limit=limit,
+        store=Home.find().store,
+        observer=show.observer(console),
+    )
+    if as_json:
+        _print_json({**results.model_dump(mode="json"), "path": str(artifact.path)})
+    else:
+        show.show_results(console, results, artifact)
+
+
+@app.command()
+def ui(
+    prefect_port: Annotated[int, typer.Option(help="Port of Prefect's UI.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's UI.")] = 5000,
+) -> None:
+    """Start Prefect's and MLflow's UI on this machine, on the databases that runs write to."""
+    import signal
+
+    from posttrain import servers
+    from posttrain.home import Home
+
+    home = Home.find()
+    servers.prefer_quiet_prefect()
+    prefect = servers.prefect_server(servers.free_port(prefect_port))
+    mlflow = servers.mlflow_server(home, servers.free_port(mlflow_port))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    console = _console()
+    console.print("Starting Prefect and MLflow ...")
+    with servers.running(home, [prefect, mlflow]):
+        console.print(f"Prefect  {prefect.url}\nMLflow   {mlflow.url}\nCtrl-C stops both.")
+        try:
+            signal.pause()
+        except KeyboardInterrupt:
+            console.print("Stopping.")
+
+
+@store_app.command("ls")
+def store_ls(as_json: AsJson = False) -> None:
+    """List finished stages, oldest first."""
+    from posttrain.console import show_artifacts
+    from posttrain.home import Home
+
+    artifacts = list(Home.find().store.artifacts())
+    if as_json:
+        _print_json({"artifacts": [item.manifest.model_dump(mode="json") for item in artifacts]})
+    else:
+        show_artifacts(_console(), artifacts)
+
+
+@store_app.command("verify")
+def store_verify(
+    set_aside: Annotated[
+        bool, typer.Option(help="Move damaged artifacts aside, so that the next run rebuilds them.")
+    ] = True,
+) -> None:
+    """Hash every file again and compare; exit 1 if anything is damaged."""
+    from posttrain.home import Home
+
+    store = Home.find().store
+    checked = damaged = 0
+    for path, damage in store.verify():
+        checked += 1
+        if damage is None:
+            continue
+        damaged += 1
+        typer.echo(f"damaged: {damage.reason}", err=True)
+        if set_aside:
+            typer.echo(f"  moved to {store.set_aside(path)}", err=True)
+    typer.echo(f"{checked} artifacts checked, {damaged} damaged")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@store_app.command("gc")
+def store_gc(
+    keep_runs: Annotated[int, typer.Option(help="Runs of each recipe whose results stay.")] = 10,
+    keep_days: Annotated[float, typer.Option(help="Days for which everything stays.")] = 7.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
+) -> None:
+    """Remove artifacts that no recent run needs, and what killed runs left."""
+    from posttrain.home import Home
+    from posttrain.store.gc import collect, find_garbage
+
+    store = Home.find().store
+    garbage = find_garbage(store, keep_runs=keep_runs, keep_days=keep_days)
+    for item in garbage:
+        relative = item.path.relative_to(store.root)
+        typer.echo(f"{item.size / 1e6:10.1f} MB  {relative}  ({item.reason})")
+    if dry_run:
+        typer.echo(f"would free {sum(item.size for item in garbage) / 1e6:.1f} MB")
+    else:
+        typer.echo(f"freed {collect(store, garbage) / 1e6:.1f} MB")
+
+
+def _open(recipe: Path, overrides: list[str] | None, from_stage: str | None = None) -> Pipeline:
+    from posttrain.errors import UsageError
+    from posttrain.home import Home
+    from posttrain.opening import open_pipeline
+
+    pipeline = open_pipeline(recipe, overrides or [], Home.find().store)
+    names = [step.name for step in pipeline.steps]
+    if from_stage is not None and from_stage not in names:
+        raise UsageError(f"--from {from_stage}: the stages are {', '.join(names)}")
+    return pipeline
+
+
+def _plan(pipeline: Pipeline, from_stage: str | None) -> Plan:
+    from posttrain.home import Home
+    from posttrain.plan import make_plan
+
+    return make_plan(pipeline, Home.find().store, from_stage)
+
+
+def _run_flow(
+    recipe: Path,
+    overrides: list[str] | None,
+    from_stage: str | None,
+    console: Console,
+    keeper: OutcomeKeeper,
+    verbose: bool,
+) -> None:
+    """Run the Prefect flow in this process; raises what a stage raised."""
+    from posttrain import console as show
+    from posttrain import run as runs
+    from posttrain import servers
+    from posttrain.home import Home
+
+    servers.prefer_quiet_prefect()
+    if not verbose:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        os.environ.setdefault("PREFECT_LOGGING_ROOT_LEVEL", "ERROR")
+    if servers.use_running_prefect(Home.find()) is None:
+        console.print("Starting a Prefect server for this run ...", style="dim")
+    from flows.post_training import post_training
+
+    runs.console_observers[:] = [show.observer(console), keeper]
+    state = post_training(str(recipe), overrides or [], from_stage, return_state=True)
+    if not state.is_completed() and state.name != "Rejected":
+        state.result()  # raises the stage's own error
+
+
+def _record_reuse(pipeline: Pipeline, plan: Plan) -> None:
+    """A run in which nothing was done still protects what it used from garbage collection."""
+    from posttrain.home import Home
+    from posttrain.run import PipelineRun
+
+    run = PipelineRun(Home.find(), pipeline)
+    run.record(plan.artifacts())
+
+
+def _summary(
+    pipeline: Pipeline, artifacts: dict[str, Artifact], keeper: OutcomeKeeper
+) -> dict[str, object]:
+    from posttrain.console import final_model
+    from posttrain.run import stage_rows, verdict_of
+
+    model = final_model(pipeline, artifacts)
+    return {
+        "recipe": pipeline.recipe.name,
+        "verdict": verdict_of(pipeline, artifacts),
+        "model": str(model.path) if model else None,
+        "stages": stage_rows(pipeline, artifacts, keeper.outcomes),
+    }
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))

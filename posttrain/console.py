@@ -1,0 +1,309 @@
+"""What a person sees in the terminal: progress while it runs, and the end of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from posttrain import events
+from posttrain.evaluate.results import EvaluationResults
+from posttrain.execute import Outcome, StageObserver
+from posttrain.pipeline import BoundStep, Pipeline
+from posttrain.plan import Plan
+from posttrain.run import stage_rows, verdict_of
+from posttrain.store import Artifact
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def observer(console: Console) -> StageObserver:
+    """Live bars where somebody looks at a terminal, plain lines elsewhere."""
+    return BarObserver(console) if console.is_terminal else LineObserver(console)
+
+
+class OutcomeKeeper(StageObserver):
+    """Keeps how every step ended, for the summary."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, Outcome] = {}
+
+    def finished(self, step: BoundStep, outcome: Outcome) -> None:
+        """Keep it."""
+        self.outcomes[step.step.name] = outcome
+
+
+class LineObserver(StageObserver):
+    """One line for what begins and ends, and one every few seconds in between."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._next = 0.0
+
+    def started(self, step: BoundStep) -> None:
+        """Name the stage."""
+        self._say(step, "started")
+
+    def waiting(self, step: BoundStep) -> None:
+        """Say why nothing moves."""
+        self._say(step, "another run works on this; waiting for its result")
+
+    def event(self, step: BoundStep, event: events.Event) -> None:
+        """Phases and warnings at once, progress every few seconds."""
+        match event:
+            case events.Phase():
+                self._say(step, event.message)
+            case events.Warn():
+                self._say(step, f"warning: {event.message}")
+            case events.Progress() if time.monotonic() >= self._next:
+                self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
+                self._say(step, events.describe_progress(event))
+            case _:
+                pass
+
+    def finished(self, step: BoundStep, outcome: Outcome) -> None:
+        """The headline."""
+        seconds = f" in {outcome.seconds:.1f} s" if outcome.status == "ran" else ""
+        self._say(step, f"{outcome.status}{seconds}: {outcome.artifact.manifest.headline}")
+
+    def _say(self, step: BoundStep, text: str) -> None:
+        line = Text(f"{step.step.name}: {text}")
+        self._console.print(line, soft_wrap=True, highlight=False)
+
+
+class BarObserver(StageObserver):
+    """A live bar for the stage that runs; finished stages stay above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.fields[stage]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._live: Live | None = None
+
+    def started(self, step: BoundStep) -> None:
+        """Show a bar."""
+        for task in self._bars.task_ids:
+            self._bars.remove_task(task)
+        self._bars.add_task("starting", total=None, stage=step.step.name)
+        if self._live is None:
+            self._live = Live(self._bars, console=self._console, transient=True)
+            self._live.start()
+
+    def waiting(self, step: BoundStep) -> None:
+        """Say why nothing moves."""
+        self._console.print(Text(f"  {step.step.name}: another run works on this; waiting"))
+
+    def event(self, step: BoundStep, event: events.Event) -> None:
+        """Move the bar."""
+        task = self._bars.task_ids[-1] if self._bars.task_ids else None
+        match event:
+            case events.Warn():
+                self._console.print(Text(f"  {step.step.name}: {event.message}", style="yellow"))
+            case events.Phase() if task is not None:
+                self._bars.update(task, description=event.message, total=None, completed=0)
+            case events.Progress() if task is not None:
+                text = events.describe_progress(event)
+                self._bars.update(task, description=text, total=event.total, completed=event.done)
+            case _:
+                pass
+
+    def finished(self, step: BoundStep, outcome: Outcome) -> None:
+        """Leave a line behind."""
+        self._stop()
+        seconds = f"{outcome.seconds:6.1f} s" if outcome.status == "ran" else "  reused"
+        line = Text(f"  {step.step.name:<18} {seconds}  {outcome.artifact.manifest.headline}")
+        self._console.print(line)
+
+    def failed(self, step: BoundStep, error: BaseException) -> None:
+        """Give the terminal back."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """Which stages would run or be reused, and why."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("stage", "would", "because"):
+        table.add_column(column, overflow="fold")
+    styles = {"reuse": "green", "resume": "yellow", "run": "cyan"}
+    for planned in plan.steps:
+        reason = "in the store" if planned.action == "reuse" else planned.reason
+        action = Text(planned.action, style=styles[planned.action])
+        table.add_row(planned.step.name, action, Text(reason))
+    console.print(table)
+
+
+def show_summary(
+    console: Console,
+    pipeline: Pipeline,
+    artifacts: Mapping[str, Artifact],
+    outcomes: Mapping[str, Outcome],
+) -> None:
+    """Stages, numbers of base and tuned model, sample answers, and where the model lies."""
+    console.print()
+    console.print(_stage_table(stage_rows(pipeline, artifacts, outcomes)))
+    pair = _evaluations(pipeline, artifacts)
+    if pair:
+        console.print()
+        console.print(_number_table(*pair))
+        _show_samples(console, *pair)
+    verdict = verdict_of(pipeline, artifacts)
+    if verdict != "no gate":
+        style = {"pass": "bold green", "fail": "bold red"}.get(verdict, "bold yellow")
+        console.print(Text(f"\nGate: {verdict}", style=style))
+        _show_reasons(console, pipeline, artifacts)
+    model = final_model(pipeline, artifacts)
+    if model is not None:
+        console.print(Text(f"\nModel: {display_path(model.path)}"), soft_wrap=True)
+
+
+def final_model(pipeline: Pipeline, artifacts: Mapping[str, Artifact]) -> Artifact | None:
+    """The last model or adapter that a training or merging stage left."""
+    made = [
+        artifacts[step.name]
+        for step in pipeline.steps
+        if step.kind in ("model", "adapter") and step.stage != "convert" and step.name in artifacts
+    ]
+    return made[-1] if made else None
+
+
+def display_path(path: Path) -> str:
+    """Relative to the working directory where that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _stage_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("result", overflow="fold")
+    for row in rows:
+        tokens = f"{row['tokens']:,.0f}" if row["tokens"] else ""
+        ran = row["status"] == "ran"
+        seconds = f"{row['seconds']:.1f}" if ran else ""
+        style = "" if ran else "dim"
+        table.add_row(
+            row["stage"], row["status"], seconds, tokens, Text(row["headline"]), style=style
+        )
+    return table
+
+
+def _evaluations(
+    pipeline: Pipeline, artifacts: Mapping[str, Artifact]
+) -> tuple[Artifact, Artifact] | None:
+    """The last evaluation of the base and of the candidate."""
+    found = [
+        artifacts[step.name]
+        for step in pipeline.steps
+        if step.kind == "evaluation" and step.name in artifacts
+    ]
+    return (found[-2], found[-1]) if len(found) >= 2 else None
+
+
+def _number_table(base: Artifact, candidate: Artifact) -> Table:
+    before, after = EvaluationResults.load(base.path), EvaluationResults.load(candidate.path)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("measured on held-out items")
+    for column in ("items", "base", "tuned"):
+        table.add_column(column, justify="right")
+    tuned = {task.task: task for task in after.tasks}
+    for task in before.tasks:
+        other = tuned.get(task.task)
+        shown = f"{other.value:.3f}" if other else ""
+        name = f"{task.task} ({task.metric})"
+        table.add_row(name, str(task.n), f"{task.value:.3f}", shown)
+    if before.perplexity and after.perplexity:
+        table.add_row(
+            "perplexity",
+            f"{before.perplexity.rows}",
+            f"{before.perplexity.perplexity:.2f}",
+            f"{after.perplexity.perplexity:.2f}",
+        )
+    return table
+
+
+def _show_samples(console: Console, base: Artifact, candidate: Artifact) -> None:
+    """The same prompts, answered before and after."""
+    before, after = (_samples(artifact.path) for artifact in (base, candidate))
+    for old, new in zip(before, after, strict=False):
+        console.print()
+        console.print(Text(f"> {old['prompt']}", style="bold"))
+        console.print(Text(f"  before: {_one_line(old['answer'])}"))
+        console.print(Text(f"  after:  {_one_line(new['answer'])}"))
+
+
+def _samples(folder: Path) -> list[dict[str, str]]:
+    path = folder / "samples.json"
+    return list(json.loads(path.read_bytes())) if path.exists() else []
+
+
+def _one_line(text: str, limit: int = 220) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def _show_reasons(console: Console, pipeline: Pipeline, artifacts: Mapping[str, Artifact]) -> None:
+    for step in pipeline.steps:
+        if step.kind == "verdict" and step.name in artifacts:
+            for reason in artifacts[step.name].manifest.details.get("reasons", []):
+                console.print(Text(f"  {reason}"))
+
+
+def show_results(console: Console, results: EvaluationResults, artifact: Artifact) -> None:
+    """The numbers of one evaluation, with their standard errors."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("task")
+    for column in ("metric", "items", "value", "standard error"):
+        table.add_column(column, justify="right")
+    for task in results.tasks:
+        error = f"{task.standard_error:.3f}" if task.standard_error is not None else ""
+        table.add_row(task.task, task.metric, str(task.n), f"{task.value:.3f}", error)
+    console.print(table)
+    console.print(Text(f"Items: {display_path(artifact.path / 'items.parquet')}"), soft_wrap=True)
+
+
+def show_artifacts(console: Console, artifacts: list[Artifact]) -> None:
+    """One line an artifact."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("fingerprint", "kind", "recipe", "stage", "made", "size", "result"):
+        justify: Any = "right" if column == "size" else "left"
+        table.add_column(column, justify=justify, no_wrap=column != "result")
+    for artifact in artifacts:
+        manifest = artifact.manifest
+        made = manifest.created.strftime("%Y-%m-%d %H:%M")
+        size = f"{artifact.size / 1e6:,.1f} MB"
+        short = artifact.fingerprint[:12]
+        table.add_row(
+            short,
+            artifact.kind,
+            manifest.recipe,
+            manifest.name,
+            made,
+            size,
+            Text(manifest.headline),
+        )
+    console.print(table)

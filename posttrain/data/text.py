@@ -1,0 +1,17 @@
+"""When two texts count as the same."""
+
+from __future__ import annotations
+
+import unicodedata
+
+
+def normalise(text: str, *, ignore_case: bool = False) -> str:
+    """NFC with every run of white space as one space; `ignore_case` folds case as well.
+
+    Texts equal without `ignore_case` are equal with it.
+    """
+    text = unicodedata.normalize("NFC", text)
+    if ignore_case:
+        # Folding can take a text out of NFC (Unicode 16, section 3.13, D145).
+        text = unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
+    return " ".join(text.split())

@@ -1,0 +1,347 @@
+"""Benchmarks by lm-eval, with every single answer kept.
+
+lm-eval's own tasks, prompts and metrics are used as they are. Added here: a limit that draws items
+by a seed instead of taking the first ones, benchmarks from a local folder, progress, and errors
+that say what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.errors import DataError
+from posttrain.evaluate.items import Item
+from posttrain.evaluate.results import TaskResult, TaskSettings
+from posttrain.events import EventWriter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PROGRESS_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """What lm-eval shall ask."""
+
+    tasks: tuple[str, ...]
+    """Names of tasks, groups or tags."""
+    task_folders: tuple[Path, ...] = ()
+    """Folders with further task YAMLs; they win over lm-eval's own."""
+    limit: int | None = None
+    """Items a leaf task, drawn with `seed`; None takes all."""
+    num_fewshot: int | None = None
+    """Examples before each question; None leaves it to the task."""
+    chat_template: bool = False
+    """Wrap each question in the tokenizer's chat template."""
+    offline_root: Path | None = None
+    """Folder laid out like the Hub, read instead of it."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Answers of one model to all benchmarks."""
+
+    results: tuple[TaskResult, ...]
+    items: tuple[Item, ...]
+    settings: tuple[TaskSettings, ...]
+
+
+def run_benchmarks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmarks: Benchmarks,
+    batch_size: int,
+    events: EventWriter,
+) -> Measured:
+    """Ask a loaded model all benchmarks, in one pass over their items.
+
+    Raises:
+        DataError: an unknown task, a benchmark that cannot be read, or a task without a score for
+            each single item.
+    """
+    if not benchmarks.tasks:
+        return Measured((), (), ())
+    _quieten()
+    leaves = _load_tasks(benchmarks)
+    answers = _evaluate(model, tokenizer, leaves, benchmarks, batch_size, events)
+    items: list[Item] = []
+    results: list[TaskResult] = []
+    for name, tasks in leaves.items():
+        answered = [item for leaf in tasks for item in _items(name, leaf, answers)]
+        items += answered
+        results.append(_summarise(name, answered, answers))
+    return Measured(tuple(results), tuple(items), _task_settings(answers))
+
+
+def _quieten() -> None:
+    """Errors only: lm-eval explains itself in dozens of lines a task."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def _load_tasks(benchmarks: Benchmarks) -> dict[str, dict[str, Any]]:
+    """The leaf tasks behind each name: `{name: {leaf name: lm-eval Task}}`."""
+    from lm_eval.tasks import TaskManager
+
+    folders = [str(folder) for folder in benchmarks.task_folders]
+    own = TaskManager(include_path=folders, include_defaults=False)
+    names = list(dict.fromkeys(benchmarks.tasks))
+    manager = own
+    if not set(names) <= set(own.all_tasks):
+        # Indexing lm-eval's thousands of tasks takes seconds, so only where one is asked for.
+        manager = TaskManager(include_path=folders)
+    _check_names(names, manager.all_tasks)
+    leaves: dict[str, dict[str, Any]] = {}
+    shared: dict[str, Any] = {}
+    for name in names:
+        # A relative path in a task of one's own means the present folder.
+        root = None if name in own.all_tasks else benchmarks.offline_root
+        tasks = _load_task(manager, name, root)
+        # `mmlu` and `mmlu_anatomy` in one recipe share the anatomy task, which is asked once.
+        leaves[name] = {leaf: shared.setdefault(leaf, task) for leaf, task in tasks.items()}
+    return leaves
+
+
+def _load_task(manager: Any, name: str, root: Path | None) -> dict[str, Any]:
+    with _datasets_from(root):
+        try:
+            tasks: dict[str, Any] = manager.load([name])["tasks"]
+        except (OSError, ValueError) as error:
+            where = f"`{root}` holds no copy of it" if root else "the Hub cannot be reached"
+            raise DataError(
+                f"evaluate.tasks: the data of `{name}` cannot be read: {error}\n  {where}; give a "
+                "folder laid out like the Hub as `offline_root` (on the command line "
+                "--offline-root), or run once with a connection to the Hub"
+            ) from error
+        except ImportError as error:
+            raise DataError(
+                f"evaluate.tasks: `{name}` needs a package that is not installed: {error}"
+            ) from error
+    return tasks
+
+
+def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in set(known)]
+    if not unknown:
+        return
+    lines = []
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"; did you mean {', '.join(f'`{word}`' for word in near)}?" if near else ""
+        lines.append(f"evaluate.tasks: there is no task `{name}`{hint}")
+    lines.append(
+        "  tasks of your own are found through `task_folders`; `lm-eval ls tasks` lists all"
+    )
+    raise DataError("\n".join(lines))
+
+
+@contextlib.contextmanager
+def _datasets_from(root: Path | None) -> Iterator[None]:
+    """Let `datasets` find `OWNER/NAME` below `root`: it prefers a local directory of that name."""
+    if root is None:
+        yield
+        return
+    if not root.is_dir():
+        raise DataError(f"evaluate.offline_root: {root} is no folder")
+    with contextlib.chdir(root):
+        yield
+
+
+def _evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    leaves: dict[str, dict[str, Any]],
+    benchmarks: Benchmarks,
+    batch_size: int,
+    events: EventWriter,
+) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+
+    tasks = {leaf: task for group in leaves.values() for leaf, task in group.items()}
+    drawn = {
+        leaf: indices
+        for leaf, task in tasks.items()
+        if (indices := _draw(leaf, len(task.eval_docs), benchmarks)) is not None
+    }
+    results: dict[str, Any] = simple_evaluate(
+        _language_model(model, tokenizer, batch_size, events),
+        tasks=list(tasks.values()),
+        samples=drawn or None,
+        num_fewshot=benchmarks.num_fewshot,
+        apply_chat_template=benchmarks.chat_template,
+        bootstrap_iters=0,
+        log_samples=True,
+        random_seed=benchmarks.seed,
+        numpy_random_seed=benchmarks.seed,
+        torch_random_seed=benchmarks.seed,
+        fewshot_random_seed=benchmarks.seed,
+    )
+    return results
+
+
+def _draw(task: str, size: int, benchmarks: Benchmarks) -> list[int] | None:
+    """Indices of the items to ask, ascending; None for all of them.
+
+    The draw depends on the task's name, the seed and the benchmark's size, and on nothing else.
+    """
+    if benchmarks.limit is None or size <= benchmarks.limit:
+        return None
+    generator = random.Random(f"{benchmarks.seed}:{task}")
+    return sorted(generator.sample(range(size), benchmarks.limit))
+
+
+def _language_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    events: EventWriter,
+) -> Any:
+    """lm-eval's Hugging Face model, telling its progress as events instead of a bar."""
+    from lm_eval.models.huggingface import HFLM
+
+    class ReportingLM(HFLM):  # type: ignore[misc]
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            self.cache_hook = _Reporter(events, len(requests))
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            self.cache_hook = _Reporter(events, len(requests))
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    return ReportingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+class _Reporter:
+    """Stands where lm-eval hands each finished request to its cache."""
+
+    def __init__(self, events: EventWriter, total: int) -> None:
+        self._events = events
+        self._total = total
+        self._done = 0
+        self._started = self._reported = time.monotonic()
+
+    def add_partial(self, attr: str, req: object, res: object) -> None:
+        """Count one answered request."""
+        del attr, req, res
+        self._done += 1
+        now = time.monotonic()
+        if self._done == self._total or now - self._reported >= _PROGRESS_EVERY_S:
+            self._reported = now
+            eta = (now - self._started) / self._done * (self._total - self._done)
+            self._events.progress(self._done, self._total, unit="answer", eta_s=round(eta, 1))
+
+
+def _items(name: str, leaf: str, answers: dict[str, Any]) -> list[Item]:
+    """The answered items of one leaf task, in the benchmark's order."""
+    samples = answers["samples"][leaf]
+    # A task may score each answer several times, through different filters; the first counts.
+    samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    metric = _primary_metric(name, _numbers(samples[0]))
+    return [
+        Item(
+            task=name,
+            group=leaf,
+            item_id=int(sample["doc_id"]),
+            item_digest=_item_digest(sample),
+            metric=metric,
+            value=_numbers(sample)[metric],
+            metrics=_numbers(sample),
+            log_likelihoods=_log_likelihoods(sample),
+        )
+        for sample in sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    ]
+
+
+def _primary_metric(name: str, scores: dict[str, float]) -> str:
+    for metric in ("acc_norm", "acc", *scores):
+        if metric in scores:
+            return metric
+    raise DataError(
+        f"evaluate.tasks: `{name}` gives no score for a single item, so that two models could not "
+        "be compared item by item; leave it out"
+    )
+
+
+def _numbers(sample: dict[str, Any]) -> dict[str, float]:
+    scores = {metric: sample[metric] for metric in sample["metrics"]}
+    return {
+        metric: float(score)
+        for metric, score in scores.items()
+        # Some corpus metrics keep tuples an item, which only make sense together.
+        if isinstance(score, (bool, int, float)) or hasattr(score, "__float__")
+        if math.isfinite(float(score))
+    }
+
+
+def _item_digest(sample: dict[str, Any]) -> str:
+    parts = (sample["doc_hash"], sample["prompt_hash"], sample["target_hash"])
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
+def _log_likelihoods(sample: dict[str, Any]) -> tuple[float, ...]:
+    """Of each choice; a generated answer is text and has none."""
+    answers = sample["filtered_resps"]
+    if not all(isinstance(answer, (tuple, list)) and len(answer) == 2 for answer in answers):
+        return ()
+    return tuple(round(float(answer[0]), 6) for answer in answers)
+
+
+def _summarise(name: str, items: Sequence[Item], answers: dict[str, Any]) -> TaskResult:
+    """Means over a task's items; a group weighs its subtasks by size, as lm-eval does for MMLU."""
+    metric, leaf = items[0].metric, items[0].group
+    values = [item.value for item in items]
+    groups = list(dict.fromkeys(item.group for item in items))
+    return TaskResult(
+        task=name,
+        metric=metric,
+        value=_mean(values),
+        standard_error=_standard_error(values),
+        n=len(items),
+        higher_is_better=answers["higher_is_better"][leaf].get(metric) is not False,
+        metrics={
+            key: _mean([item.metrics[key] for item in items if key in item.metrics])
+            for key in items[0].metrics
+        },
+        groups={
+            group: _mean([item.value for item in items if item.group == group]) for group in groups
+        }
+        if len(groups) > 1
+        else {},
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    n = len(values)
+    if n < 2:
+        return None
+    mean = _mean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+def _task_settings(answers: dict[str, Any]) -> tuple[TaskSettings, ...]:
+    return tuple(
+        TaskSettings(
+            name=leaf,
+            version=str(answers["versions"].get(leaf)),
+            num_fewshot=int(answers["n-shot"].get(leaf) or 0),
+        )
+        for leaf in sorted(answers["samples"])
+    )

@@ -1,0 +1,395 @@
+"""From a recipe to a sequence of steps, each with its settings and its inputs resolved.
+
+A recipe says what a person means; a pipeline says all that will happen: the conversion of a GGUF
+file, the preparation of a dataset that nobody asked for, the evaluation of the base beside the
+candidate. Steps refer to each other by name; `bind` turns a step whose inputs are known into a
+job with a fingerprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from posttrain.errors import Problem, RecipeError
+from posttrain.hardware import resolve_dtype
+from posttrain.model_reference import ModelReference
+from posttrain.recipe import (
+    ConvertConfig,
+    DatasetSpec,
+    EvaluateConfig,
+    GateConfig,
+    MergeConfig,
+    PreflightConfig,
+    PrepareConfig,
+    Recipe,
+    SftConfig,
+    StageConfig,
+    result_config,
+)
+from posttrain.recipe.base import ArtifactKind
+from posttrain.stages.program import StageInput, StageJob
+from posttrain.store import Artifact, InputRecord
+from posttrain.store.fingerprint import combine, stage_fingerprint
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A dataset as the user has it."""
+
+    name: str
+    spec: DatasetSpec
+    digest: str
+
+
+@dataclass(frozen=True)
+class Output:
+    """What an earlier step leaves."""
+
+    step: str
+    kind: ArtifactKind
+
+
+Input = ModelReference | Rows | Output
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage to be run or reused."""
+
+    name: str
+    config: StageConfig
+    inputs: dict[str, Input]
+    kind: ArtifactKind
+
+    @property
+    def stage(self) -> str:
+        """The kind of stage: its program, its task, its recipe key."""
+        return self.config.stage
+
+    @property
+    def output(self) -> Output:
+        """A reference to what this step leaves, for later steps."""
+        return Output(self.name, self.kind)
+
+    def waits_for(self) -> set[str]:
+        """Names of the steps whose outputs this one needs."""
+        return {value.step for value in self.inputs.values() if isinstance(value, Output)}
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """A step whose inputs are all known: it can be looked up in the store, or run."""
+
+    step: Step
+    recipe: str
+    fingerprint: str
+    inputs: dict[str, InputRecord]
+    sources: dict[str, Artifact | ModelReference | Rows]
+    bases: dict[str, Artifact | ModelReference]
+    """For each input that is an adapter: the model it was trained on."""
+
+    def job(self, log_level: str) -> StageJob:
+        """What the stage's program is told; fetches models from the Hub where needed."""
+        inputs = {name: self._stage_input(name) for name in self.inputs}
+        return StageJob(
+            stage=self.step.stage,
+            name=self.step.name,
+            config=self.step.config.model_dump(mode="json"),
+            inputs=inputs,
+            log_level=log_level,
+        )
+
+    def _stage_input(self, name: str) -> StageInput:
+        record, source = self.inputs[name], self.sources[name]
+        spec = source.spec.model_dump(mode="json") if isinstance(source, Rows) else None
+        base = self.bases.get(name)
+        return StageInput(
+            kind=record.kind,
+            path=_path(source),
+            digest=record.digest,
+            base=_path(base) if base else None,
+            spec=spec,
+        )
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """All steps of a recipe, in an order in which they can run."""
+
+    recipe: Recipe
+    steps: tuple[Step, ...]
+
+    def step(self, name: str) -> Step:
+        """The step of that name."""
+        return next(step for step in self.steps if step.name == name)
+
+    def bind(self, step: Step, done: Mapping[str, Artifact]) -> BoundStep:
+        """Compute a step's fingerprint from the contents of its inputs.
+
+        Args:
+            step: one of this pipeline's.
+            done: artifacts by step name; must hold all that the step waits for.
+        """
+        records: dict[str, InputRecord] = {}
+        sources: dict[str, Artifact | ModelReference | Rows] = {}
+        bases: dict[str, Artifact | ModelReference] = {}
+        for name, value in step.inputs.items():
+            sources[name] = done[value.step] if isinstance(value, Output) else value
+            record = _record(sources[name])
+            if record.kind == "adapter" and isinstance(value, Output):
+                base = self.step(value.step).inputs["model"]
+                bases[name] = done[base.step] if isinstance(base, Output) else _model(base)
+                # The same adapter on another base is another model.
+                digest = combine(record.digest, _record(bases[name]).digest)
+                record = record.model_copy(update={"digest": digest})
+            records[name] = record
+        fingerprint = stage_fingerprint(
+            step.stage,
+            step.config.code_version,
+            result_config(step.config),
+            {name: record.digest for name, record in records.items()},
+        )
+        return BoundStep(step, self.recipe.name, fingerprint, records, sources, bases)
+
+
+def build_pipeline(
+    recipe: Recipe, model: ModelReference, rows: Mapping[str, Rows], file: str | None = None
+) -> Pipeline:
+    """Lay out the steps of a recipe.
+
+    Args:
+        recipe: a validated recipe.
+        model: its base model, resolved.
+        rows: its datasets, with digests, by name.
+        file: the recipe's file, for messages.
+
+    Raises:
+        RecipeError: stages that cannot follow each other, each with what to write instead.
+    """
+    builder = _Builder(recipe, rows, model)
+    for position, config in enumerate(recipe.stages):
+        builder.add_stage(position, config)
+    if builder.problems:
+        raise RecipeError(builder.problems, file)
+    return Pipeline(recipe, tuple(builder.steps))
+
+
+@dataclass
+class _Builder:
+    recipe: Recipe
+    rows: Mapping[str, Rows]
+    base: Input
+    steps: list[Step] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    models: dict[str, Output] = field(default_factory=dict)
+    """Steps that leave a model or an adapter, by name."""
+    prepared: dict[str, Output] = field(default_factory=dict)
+    """Prepared datasets by dataset name."""
+    trained_on: dict[str, str] = field(default_factory=dict)
+    """Dataset name by model-making step."""
+    evaluated: tuple[Output, Output] | None = None
+    """Base and candidate of the last evaluation."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.base, ModelReference) and self.base.kind == "gguf":
+            self.base = self._add("convert", ConvertConfig(), {"weights": self.base})
+        self.current: Input = self.base
+        self.last_dataset: str | None = None
+        for config in self.recipe.stages:
+            if isinstance(config, SftConfig) and config.dataset in self.rows:
+                self._add_preflight(config)
+
+    def add_stage(self, position: int, config: StageConfig) -> None:
+        where = f"stages[{position}].{config.stage}"
+        match config:
+            case PrepareConfig():
+                self._add_prepare(where, config)
+            case SftConfig():
+                self._add_sft(where, config)
+            case MergeConfig():
+                self._add_merge(where, config)
+            case EvaluateConfig():
+                self._add_evaluate(where, config)
+            case GateConfig():
+                self._add_gate(where, config)
+
+    # One method a stage kind
+
+    def _add_preflight(self, config: SftConfig) -> None:
+        check = PreflightConfig(max_length=config.batching.max_length)
+        name = "preflight"
+        if any(step.config == check and step.inputs["rows"] == self.rows[config.dataset]
+               for step in self.steps if step.stage == "preflight"):  # fmt: skip
+            return
+        self._add(name, check, {"model": self.base, "rows": self.rows[config.dataset]})
+
+    def _add_prepare(self, where: str, config: PrepareConfig) -> None:
+        rows = self._dataset(f"{where}.dataset", config.dataset)
+        if config.dataset in self.prepared:
+            self._problem(where, f"`{config.dataset}` was prepared already", "remove one of them")
+        if rows is None:
+            return
+        name = config.name or self._prepare_name(config.dataset)
+        self.prepared[config.dataset] = self._add(name, config, {"rows": rows})
+
+    def _add_sft(self, where: str, config: SftConfig) -> None:
+        dataset = self._prepare(f"{where}.dataset", config.dataset)
+        model = self._model(f"{where}.model", config.model)
+        if isinstance(model, Output) and model.kind == "adapter":
+            fix = "put `- merge: {}` before this stage, or train all weights there"
+            self._problem(where, f"starts from the adapter that `{model.step}` leaves", fix)
+        if dataset is None:
+            return
+        kind: ArtifactKind = "adapter" if config.adapter else "model"
+        config = config.model_copy(update={"dtype": resolve_dtype(config.dtype)})
+        inputs = {"model": model, "dataset": dataset}
+        self._leave_model(self._add("sft", config, inputs, kind), config.dataset)
+
+    def _add_merge(self, where: str, config: MergeConfig) -> None:
+        model = self._model(f"{where}.model", config.model)
+        if not (isinstance(model, Output) and model.kind == "adapter"):
+            before = f"`{model.step}` leaves all weights" if isinstance(model, Output) else (
+                "no stage before it trains an adapter"
+            )  # fmt: skip
+            self._problem(where, f"there is nothing to merge: {before}", "remove this stage")
+            return
+        dataset = self.trained_on[model.step]
+        output = self._add("merge", config, {"model": model, "prompts": self.prepared[dataset]})
+        self._leave_model(output, dataset)
+
+    def _add_evaluate(self, where: str, config: EvaluateConfig) -> None:
+        candidate = self._model(f"{where}.model", config.model)
+        name = config.dataset or self.last_dataset
+        if not config.tasks and name is None:
+            fix = "name `tasks`, or a `dataset` for perplexity"
+            self._problem(where, "has nothing to measure", fix)
+            return
+        config = config.model_copy(update={"dtype": resolve_dtype(config.dtype)})
+        inputs: dict[str, Input] = {}
+        if name is not None:
+            dataset = self._prepare(f"{where}.dataset", name)
+            if dataset is None:
+                return
+            inputs["dataset"] = dataset
+        base = self._add("evaluate", config, {"model": self.base, **inputs}, suffix="base")
+        if candidate == self.base:
+            self.evaluated = (base, base)
+            return
+        self.evaluated = (base, self._add("evaluate", config, {"model": candidate, **inputs}))
+
+    def _add_gate(self, where: str, config: GateConfig) -> None:
+        if self.evaluated is None:
+            fix = "put `- evaluate: {tasks: [...]}` before it"
+            self._problem(where, "has no numbers to decide on", fix)
+            return
+        base, candidate = self.evaluated
+        if base == candidate:
+            fix = "put the gate after a stage that trains"
+            self._problem(where, "would compare the base model with itself", fix)
+            return
+        self._add("gate", config, {"base": base, "candidate": candidate})
+
+    # What they share
+
+    def _add(
+        self,
+        name: str,
+        config: StageConfig,
+        inputs: Mapping[str, Input],
+        kind: ArtifactKind | None = None,
+        suffix: str = "",
+    ) -> Output:
+        wanted = config.name or name
+        if suffix:
+            wanted = f"{wanted}-{suffix}"
+        taken = {step.name for step in self.steps}
+        unique, count = wanted, 1
+        while unique in taken:
+            count += 1
+            unique = f"{wanted}-{count}"
+        step = Step(unique, config, dict(inputs), kind or config.produces)
+        self.steps.append(step)
+        return step.output
+
+    def _prepare_name(self, dataset: str) -> str:
+        return "prepare" if len(self.rows) == 1 else f"prepare-{dataset}"
+
+    def _prepare(self, where: str, dataset: str) -> Output | None:
+        """The prepared dataset; with default settings where no stage says otherwise."""
+        if dataset not in self.prepared:
+            rows = self._dataset(where, dataset)
+            if rows is None:
+                return None
+            later = [c for c in self.recipe.stages
+                     if isinstance(c, PrepareConfig) and c.dataset == dataset]  # fmt: skip
+            if later:
+                fix = "move that stage up"
+                self._problem(where, f"`{dataset}` is prepared by a later stage", fix)
+            config = PrepareConfig(dataset=dataset)
+            name = self._prepare_name(dataset)
+            self.prepared[dataset] = self._add(name, config, {"rows": rows})
+        return self.prepared[dataset]
+
+    def _dataset(self, where: str, name: str) -> Rows | None:
+        if name not in self.rows:
+            # A dataset that the recipe names but that could not be opened was reported already.
+            if name not in self.recipe.datasets:
+                known = ", ".join(self.recipe.datasets) or "none"
+                fix = f"add it under `datasets`; the recipe has: {known}"
+                self._problem(where, f"there is no dataset `{name}`", fix)
+            return None
+        return self.rows[name]
+
+    def _model(self, where: str, name: str | None) -> Input:
+        if name is None:
+            return self.current
+        if name in self.models:
+            return self.models[name]
+        known = ", ".join(self.models) or "none so far"
+        self._problem(
+            where, f"no stage before this one is `{name}`", f"stages with a model: {known}"
+        )
+        return self.current
+
+    def _leave_model(self, output: Output, dataset: str) -> None:
+        self.current = self.models[output.step] = output
+        self.trained_on[output.step] = self.last_dataset = dataset
+
+    def _problem(self, where: str, message: str, fix: str) -> None:
+        self.problems.append(Problem(where, message, fix))
+
+
+def _record(source: Artifact | ModelReference | Rows) -> InputRecord:
+    match source:
+        case Artifact():
+            return InputRecord(
+                kind=source.kind, digest=source.digest, fingerprint=source.fingerprint
+            )
+        case ModelReference():
+            kind = "source" if source.kind == "gguf" else "model"
+            where = f"{source.location}@{source.revision}" if source.revision else source.location
+            return InputRecord(kind=kind, digest=source.digest, source=where)
+        case Rows():
+            return InputRecord(kind="source", digest=source.digest, source=_rows_source(source))
+
+
+def _rows_source(rows: Rows) -> str:
+    source = rows.spec.source
+    return source if isinstance(source, str) else ", ".join(source)
+
+
+def _model(value: Input) -> ModelReference:
+    if not isinstance(value, ModelReference):
+        raise TypeError(f"not a model: {value}")
+    return value
+
+
+def _path(source: Artifact | ModelReference | Rows) -> str:
+    match source:
+        case Artifact():
+            return str(source.path)
+        case ModelReference():
+            return str(source.fetch())
+        case Rows():
+            return _rows_source(source)

@@ -1,0 +1,251 @@
+"""From a recipe's stage to TRL's arguments, and the check of `extra_args`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain.errors import Problem, RecipeError
+from posttrain.hardware import ResolvedDType
+from posttrain.recipe.sft import SftConfig
+
+if TYPE_CHECKING:
+    from trl import SFTConfig as TrlSftConfig
+
+HAS_RECIPE_KEY = {
+    "bf16": "dtype",
+    "data_seed": "seed",
+    "eval_delay": "validation.every_steps",
+    "eval_steps": "validation.every_steps",
+    "eval_strategy": "validation.every_steps",
+    "fp16": "dtype",
+    "gradient_accumulation_steps": "batching.micro_batch_size",
+    "learning_rate": "optimization.learning_rate",
+    "logging_steps": "launch.log_every_steps",
+    "lr_scheduler_type": "optimization.scheduler",
+    "max_grad_norm": "optimization.max_grad_norm",
+    "max_length": "batching.max_length",
+    "max_steps": "max_steps",
+    "num_train_epochs": "epochs",
+    "per_device_eval_batch_size": "batching.micro_batch_size",
+    "per_device_train_batch_size": "batching.micro_batch_size",
+    "save_steps": "validation.every_steps",
+    "save_strategy": "validation.every_steps",
+    "save_total_limit": "launch.keep_checkpoints",
+    "seed": "seed",
+    "warmup_ratio": "optimization.warmup",
+    "warmup_steps": "optimization.warmup",
+    "weight_decay": "optimization.weight_decay",
+}
+"""TRL's name -> the recipe's key within the stage that says the same."""
+
+MANAGED = {
+    "accelerator_config": "it decides that every process sees the same steps",
+    "assistant_only_loss": "rows are tokenized and labelled before TRL sees them",
+    "chat_template_path": "the chat template belongs to the model",
+    "completion_only_loss": "rows are tokenized and labelled before TRL sees them",
+    "dataloader_drop_last": "every row is trained on",
+    "dataset_kwargs": "rows are tokenized and labelled before TRL sees them",
+    "dataset_num_proc": "rows are tokenized and labelled before TRL sees them",
+    "dataset_text_field": "rows are tokenized and labelled before TRL sees them",
+    "ddp_backend": "it follows from the hardware",
+    "disable_tqdm": "progress goes to events.jsonl",
+    "do_eval": "held-out loss is always measured",
+    "eos_token": "rows are tokenized and labelled before TRL sees them",
+    "eval_on_start": "the loss before training is always measured",
+    "eval_packing": "rows are tokenized and labelled before TRL sees them",
+    "greater_is_better": "the best checkpoint has the lowest held-out loss",
+    "hub_model_id": "artifacts go to the store",
+    "ignore_data_skip": "a resumed run must see the rows that an uninterrupted one would",
+    "load_best_model_at_end": "the best checkpoint is always restored",
+    "log_level": "it follows `tracking.log_level`",
+    "log_level_replica": "it follows `tracking.log_level`",
+    "logging_nan_inf_filter": "a loss that is not a number ends the run",
+    "logging_strategy": "every step is logged",
+    "metric_for_best_model": "the best checkpoint has the lowest held-out loss",
+    "model_init_kwargs": "the model is loaded before TRL sees it",
+    "output_dir": "checkpoints go to the work directory",
+    "packing": "rows are tokenized and labelled before TRL sees them",
+    "packing_strategy": "rows are tokenized and labelled before TRL sees them",
+    "pad_token": "the padding token belongs to the tokenizer",
+    "padding_free": "rows are tokenized and labelled before TRL sees them",
+    "push_to_hub": "artifacts go to the store",
+    "remove_unused_columns": "rows hold nothing but what is trained on",
+    "report_to": "tracking is done outside of the training process",
+    "restore_callback_states_from_checkpoint": "a resumed run goes on as if never stopped",
+    "resume_from_checkpoint": "a killed run is resumed by itself",
+    "save_only_model": "a checkpoint must be enough to go on from",
+    "shuffle_dataset": "rows are shuffled every epoch already",
+    "truncation_mode": "rows are tokenized and labelled before TRL sees them",
+    "use_cpu": "it follows from the hardware",
+}
+"""TRL's name -> why posttrain sets it and a recipe cannot."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How rows become optimizer steps; the same for every number of processes."""
+
+    steps: int
+    """Optimizer steps of the run, unless it stops early."""
+    evaluate_every: int
+    """Optimizer steps between two evaluations."""
+    micro_batch_size: int
+    """Rows a forward pass and process."""
+    accumulation: int
+    """Forward passes an optimizer step and process."""
+    world_size: int
+    """Processes."""
+
+    @property
+    def rows_a_pass(self) -> int:
+        """Rows of one forward pass over all processes."""
+        return self.micro_batch_size * self.world_size
+
+
+def check_extra_args(names: Iterable[str], where: str = "extra_args") -> list[Problem]:
+    """What is wrong with the names under `extra_args`; an empty list means nothing.
+
+    Imports TRL, which takes seconds: call it in a process of its own where that matters.
+
+    Args:
+        names: Names as written in the recipe.
+        where: The key in the recipe that holds them, such as `stages[2].sft.extra_args`.
+    """
+    from trl import SFTConfig as TrlSftConfig
+
+    known = {field.name for field in dataclasses.fields(TrlSftConfig) if field.init}
+    problems = []
+    for name in names:
+        key = f"{where}.{name}"
+        if name in HAS_RECIPE_KEY:
+            fix = f"write `{HAS_RECIPE_KEY[name]}` of the stage instead"
+            problems.append(Problem(key, "the recipe has a key of its own for this", fix))
+        elif name in MANAGED:
+            problems.append(
+                Problem(key, f"posttrain sets this itself: {MANAGED[name]}", "remove it")
+            )
+        elif name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=3)
+            hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else None
+            problems.append(Problem(key, "trl.SFTConfig has no such field", hint))
+    return problems
+
+
+def plan_schedule(config: SftConfig, rows: int, world_size: int) -> Schedule:
+    """Steps, evaluations and gradient accumulation for a number of training rows.
+
+    Raises:
+        RecipeError: `batching.batch_size` cannot be spread evenly over the processes.
+    """
+    batch_size, micro = config.batching.batch_size, config.micro_batch_size
+    if micro < 1 or batch_size % (micro * world_size):
+        per_process = batch_size // world_size
+        divisors = [n for n in range(1, per_process + 1) if per_process % n == 0]
+        fix = (
+            f"make it a multiple of {world_size}"
+            if batch_size % world_size
+            else f"set `batching.micro_batch_size` to one of {divisors}"
+        )
+        message = (
+            f"{batch_size} rows a step cannot be split evenly over {world_size} processes "
+            f"in passes of {micro} rows"
+        )
+        raise RecipeError([Problem("batching.batch_size", message, fix)])
+    steps = config.max_steps or math.ceil(config.epochs * math.ceil(rows / batch_size))
+    return Schedule(
+        steps=steps,
+        evaluate_every=min(config.validation.every_steps or max(1, steps // 10), steps),
+        micro_batch_size=micro,
+        accumulation=batch_size // (micro * world_size),
+        world_size=world_size,
+    )
+
+
+def sft_arguments(
+    config: SftConfig, schedule: Schedule, checkpoints: Path, dtype: ResolvedDType, resumed: bool
+) -> TrlSftConfig:
+    """TRL's arguments for a stage; `extra_args` are added last and can replace nothing of ours.
+
+    Raises:
+        RecipeError: a name or a value under `extra_args` is refused.
+    """
+    import torch
+    from trl import SFTConfig as TrlSftConfig
+
+    problems = check_extra_args(config.extra_args)
+    if problems:
+        raise RecipeError(problems)
+    cuda = torch.cuda.is_available()
+    ours: dict[str, object] = {
+        **_learning(config, schedule),
+        **_evaluating_and_saving(config, schedule, resumed),
+        **_quiet(),
+        "output_dir": str(checkpoints),
+        "max_length": config.batching.max_length,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "use_cpu": not cuda,
+        "ddp_backend": "nccl" if cuda else "gloo",
+    }
+    # Recomputing activations saves memory, which a CPU has, and costs time, which it has not.
+    defaults: dict[str, object] = {"gradient_checkpointing": cuda}
+    if not cuda:
+        defaults["dataloader_pin_memory"] = False
+    try:
+        return TrlSftConfig(**{**defaults, **config.extra_args, **ours})
+    except (TypeError, ValueError) as error:
+        raise RecipeError([Problem("extra_args", f"trl.SFTConfig refuses: {error}")]) from error
+
+
+def _learning(config: SftConfig, schedule: Schedule) -> dict[str, object]:
+    optimization = config.optimization
+    return {
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "max_steps": schedule.steps,
+        "per_device_train_batch_size": schedule.micro_batch_size,
+        "per_device_eval_batch_size": schedule.micro_batch_size,
+        "gradient_accumulation_steps": schedule.accumulation,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": optimization.scheduler,
+        "warmup_steps": math.ceil(optimization.warmup * schedule.steps),
+        "weight_decay": optimization.weight_decay,
+        "max_grad_norm": optimization.max_grad_norm,
+    }
+
+
+def _evaluating_and_saving(
+    config: SftConfig, schedule: Schedule, resumed: bool
+) -> dict[str, object]:
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": schedule.evaluate_every,
+        # Before the first step, once: a resumed run finds that loss in its checkpoint.
+        "eval_on_start": not resumed,
+        "save_strategy": "steps",
+        "save_steps": schedule.evaluate_every,
+        "save_total_limit": config.launch.keep_checkpoints + 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "restore_callback_states_from_checkpoint": True,
+    }
+
+
+def _quiet() -> dict[str, object]:
+    return {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "steps",
+        # Every step, so that a resumed run's history is the one of an uninterrupted run;
+        # `log_every_steps` thins the events only.
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+    }

@@ -1,0 +1,192 @@
+"""What happens around the steps: progress, checkpoints, stopping.
+
+Importing this module imports transformers: do it inside functions.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from posttrain.errors import ModelError
+from posttrain.events import EventWriter
+from posttrain.recipe.sft import SftConfig
+from posttrain.train.checkpoints import mark_complete
+from posttrain.train.processes import any_process, wait_for_all
+
+EXIT_TERMINATED = 128 + signal.SIGTERM
+"""Exit code of a program that was asked to stop and did so in good order."""
+
+
+def sft_callbacks(config: SftConfig, events: EventWriter) -> list[TrainerCallback]:
+    """All callbacks of a training stage, in the order in which they must run."""
+    callbacks = [
+        RefuseNonFinite(),
+        ReportProgress(events, config.launch.log_every_steps),
+        CompleteCheckpoints(),
+        StopOnSignal(events),
+    ]
+    if config.validation.patience is not None:
+        stop = EarlyStoppingCallback(config.validation.patience, config.validation.min_delta)
+        callbacks.append(stop)
+    return callbacks
+
+
+class RefuseNonFinite(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Ends the run at the first loss or gradient that is not a number, before it is saved."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
+        """Look at the numbers of the step."""
+        for name in ("loss", "eval_loss", "grad_norm"):
+            value = (logs or {}).get(name, 0.0)
+            # In float16 the loss scaler meets infinite gradients on purpose and skips the step.
+            if not math.isfinite(value) and not (name == "grad_norm" and args.fp16):
+                raise ModelError(
+                    f"{name} is {value} at step {state.global_step}; lower "
+                    "`optimization.learning_rate`, or train in float32 (`dtype: float32`)"
+                )
+
+
+class ReportProgress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Turns the trainer's log into events; rank 0 only."""
+
+    def __init__(self, events: EventWriter, every: int) -> None:
+        self._events = events
+        self._every = every
+        self._tokens = 0
+        self._started = time.monotonic()
+        self._first_step = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second over all processes since this process began to train."""
+        return self._tokens / max(time.monotonic() - self._started, 1e-9)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+        self._first_step = state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
+        """Report a step's numbers, or a held-out loss."""
+        logs = logs or {}
+        self._tokens += int(logs.get("tokens", 0))
+        if not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            self._events.values(state.global_step, {"eval_loss": logs["eval_loss"]})
+        elif "loss" in logs and (
+            state.global_step % self._every == 0 or state.global_step == state.max_steps
+        ):
+            self._progress(state, logs)
+
+    def _progress(self, state: TrainerState, logs: dict[str, float]) -> None:
+        done_here = state.global_step - self._first_step
+        per_step = (time.monotonic() - self._started) / max(done_here, 1)
+        shown = ("loss", "learning_rate", "grad_norm")
+        values: dict[str, float] = {key: logs[key] for key in shown if key in logs}
+        self._events.progress(
+            state.global_step,
+            state.max_steps,
+            eta_s=round(per_step * (state.max_steps - state.global_step), 1),
+            values={
+                **values,
+                "tokens_per_s": round(self.tokens_per_second, 1),
+                "memory_gib": round(_memory_gib(), 3),
+            },
+        )
+
+
+class CompleteCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Marks a checkpoint once every process has written its part of it."""
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Wait for all, then mark."""
+        wait_for_all()
+        if state.is_world_process_zero:
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        wait_for_all()
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """On SIGTERM: a checkpoint at the end of the present step, then exit code 143."""
+
+    def __init__(self, events: EventWriter) -> None:
+        self._events = events
+        self._asked = False
+        self._stopping = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Listen, from here on only: what comes before has nothing worth saving."""
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> TrainerControl:
+        """Save at this step if any process was asked to stop.
+
+        `should_training_stop` stays as it is: it is saved, and a resumed run would end at once.
+        """
+        if any_process(self._asked, args.device):
+            self._stopping = True
+            control.should_save = True
+        return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Leave, after CompleteCheckpoints has marked the checkpoint."""
+        if self._stopping:
+            if state.is_world_process_zero:
+                step = state.global_step
+                self._events.warning(f"stopped at step {step}; the next run goes on from here")
+            sys.exit(EXIT_TERMINATED)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """The end is near; a signal from here on stops the program as usual."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+
+
+def _memory_gib() -> float:
+    """Peak memory of the GPU where there is one, else the process's resident memory, in GiB."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 2**30
+    return float(psutil.Process().memory_info().rss) / 2**30

@@ -1,0 +1,83 @@
+"""What a training run's losses were, step by step: the part of a trainer's log that is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step."""
+
+    step: int
+    loss: float
+    """Nats a trained token, over the rows of the step."""
+    learning_rate: float
+    grad_norm: float
+    """Before it was scaled down."""
+    tokens: int
+    """Tokens read, padding not counted."""
+    trained_tokens: int
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One evaluation; step 0 is before training."""
+
+    step: int
+    loss: float
+    """Nats a trained token, over all held-out rows used."""
+
+
+@dataclass(frozen=True)
+class History:
+    """A whole run, resumed or not."""
+
+    steps: tuple[Step, ...]
+    held_out: tuple[HeldOut, ...]
+
+    @classmethod
+    def from_log(cls, log: Sequence[Mapping[str, float]]) -> History:
+        """Read the log that transformers keeps in its trainer state and in every checkpoint."""
+        steps = [
+            Step(
+                step=int(entry["step"]),
+                loss=entry["loss"],
+                learning_rate=entry["learning_rate"],
+                grad_norm=entry["grad_norm"],
+                tokens=int(entry["tokens"]),
+                trained_tokens=int(entry["trained_tokens"]),
+            )
+            for entry in log
+            if "loss" in entry
+        ]
+        held_out = [HeldOut(int(e["step"]), e["eval_loss"]) for e in log if "eval_loss" in e]
+        return cls(tuple(steps), tuple(held_out))
+
+    @property
+    def before(self) -> float:
+        """Held-out loss before the first step."""
+        return self.held_out[0].loss
+
+    @property
+    def best(self) -> HeldOut:
+        """The evaluation after training began with the lowest loss, the earliest among equals."""
+        return min(self.held_out[1:], key=lambda evaluation: evaluation.loss)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read in the whole run."""
+        return sum(step.tokens for step in self.steps)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that added to the loss in the whole run."""
+        return sum(step.trained_tokens for step in self.steps)
+
+    @property
+    def train_loss(self) -> float:
+        """Loss over the last tenth of the steps, weighted by trained tokens."""
+        last = self.steps[-max(1, len(self.steps) // 10) :]
+        tokens = sum(step.trained_tokens for step in last)
+        return sum(step.loss * step.trained_tokens for step in last) / tokens

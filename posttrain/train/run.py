@@ -1,0 +1,81 @@
+"""From a trainer that is ready to a stage's output: the part that all training stages share."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain.stages.program import StageResult
+from posttrain.store.files import write_json
+from posttrain.train.checkpoints import is_last
+from posttrain.train.history import History
+from posttrain.train.lora import Trainable
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def run_to_end(trainer: Trainer, checkpoint: Path | None) -> History:
+    """Train from the checkpoint, or from the start, and restore the best weights.
+
+    A checkpoint of a run that had already ended, killed before its output was published, is not
+    trained any further.
+
+    Args:
+        trainer: Made with `load_best_model_at_end`.
+        checkpoint: The newest complete checkpoint, or None.
+    """
+    if checkpoint is None:
+        trainer.train()
+    elif is_last(checkpoint):
+        from transformers import TrainerState
+
+        trainer.state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        trainer.restore_best()
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    return History.from_log(trainer.state.log_history)
+
+
+def write_training_record(history: History, trainable: Trainable, folder: Path) -> None:
+    """Leave `training.json`: every loss of the run, without anything that a second run changes."""
+    record = {
+        "best_step": history.best.step,
+        "trainable_parameters": trainable.count,
+        "parameters": trainable.total,
+        "held_out": [asdict(evaluation) for evaluation in history.held_out],
+        "steps": [asdict(step) for step in history.steps],
+    }
+    write_json(folder / "training.json", record)
+
+
+def training_result(
+    history: History, trainable: Trainable, tokens_per_second: float
+) -> StageResult:
+    """Metrics and headline of a training stage."""
+    best, steps = history.best, len(history.steps)
+    return StageResult(
+        headline=(
+            f"held-out loss {history.before:.2f} -> {best.loss:.2f} in {steps} steps "
+            f"({_short(history.tokens)} tokens)"
+        ),
+        metrics={
+            "train_loss": history.train_loss,
+            "held_out_loss_before": history.before,
+            "held_out_loss": best.loss,
+            "best_step": best.step,
+            "steps": steps,
+            "tokens": history.tokens,
+            "trained_tokens": history.trained_tokens,
+            "tokens_per_second": tokens_per_second,
+            "trainable_parameters": trainable.count,
+            "trainable_share": trainable.share,
+        },
+    )
+
+
+def _short(count: int) -> str:
+    if count < 1_000:
+        return str(count)
+    return f"{count / 1e3:.0f}k" if count < 1_000_000 else f"{count / 1e6:.1f}M"

@@ -1,0 +1,17 @@
+"""`convert`: a GGUF file becomes a safetensors folder."""
+
+from __future__ import annotations
+
+from prefect import State, task
+from prefect.cache_policies import NO_CACHE
+
+from posttrain.execute import Outcome
+from posttrain.pipeline import Step
+from posttrain.run import PipelineRun
+from tasks.stage import run_stage
+
+
+@task(name="convert", task_run_name="{step.name}", cache_policy=NO_CACHE, persist_result=False)
+def convert(step: Step, run: PipelineRun) -> State[Outcome]:
+    """Convert the base model's GGUF file to safetensors, once."""
+    return run_stage(step, run)

@@ -1,0 +1,17 @@
+"""`evaluate`: benchmarks, perplexity, samples."""
+
+from __future__ import annotations
+
+from prefect import State, task
+from prefect.cache_policies import NO_CACHE
+
+from posttrain.execute import Outcome
+from posttrain.pipeline import Step
+from posttrain.run import PipelineRun
+from tasks.stage import run_stage
+
+
+@task(name="evaluate", task_run_name="{step.name}", cache_policy=NO_CACHE, persist_result=False)
+def evaluate(step: Step, run: PipelineRun) -> State[Outcome]:
+    """Measure a model item by item."""
+    return run_stage(step, run)

@@ -1,0 +1,17 @@
+"""`gate`: pass, fail, or not enough evidence."""
+
+from __future__ import annotations
+
+from prefect import State, task
+from prefect.cache_policies import NO_CACHE
+
+from posttrain.execute import Outcome
+from posttrain.pipeline import Step
+from posttrain.run import PipelineRun
+from tasks.stage import run_stage
+
+
+@task(name="gate", task_run_name="{step.name}", cache_policy=NO_CACHE, persist_result=False)
+def gate(step: Step, run: PipelineRun) -> State[Outcome]:
+    """Decide, by paired statistics, whether the candidate may go on."""
+    return run_stage(step, run)

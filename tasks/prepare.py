@@ -1,0 +1,17 @@
+"""`prepare`: rows in, a clean and split dataset out."""
+
+from __future__ import annotations
+
+from prefect import State, task
+from prefect.cache_policies import NO_CACHE
+
+from posttrain.execute import Outcome
+from posttrain.pipeline import Step
+from posttrain.run import PipelineRun
+from tasks.stage import run_stage
+
+
+@task(name="prepare", task_run_name="{step.name}", cache_policy=NO_CACHE, persist_result=False)
+def prepare(step: Step, run: PipelineRun) -> State[Outcome]:
+    """Read, split, bound and deduplicate a dataset, with a ledger of every row."""
+    return run_stage(step, run)
