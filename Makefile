@@ -1,0 +1,53 @@
+# The commands of this project. `make` alone lists them.
+
+PYTHON ?= python3.11
+LOCK   ?= requirements.lock
+BIN    := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install lock quickstart test lint test-slow clean
+
+help:  ## List the targets.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+
+# The stamp is newer than the lock and the project file: installed means installed.
+install: .venv/.installed  ## Make .venv and install everything from the lock.
+
+.venv/.installed: $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import ensurepip, sys; assert sys.version_info[:2] == (3, 11)' 2>/dev/null || \
+	  { echo "posttrain needs Python 3.11 with venv (Debian, Ubuntu: apt-get install python3.11-venv)."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c 'import torch' || \
+	  { echo "pip took torch's CUDA build: use LOCK=requirements-cuda.lock, or give pip torch's CPU index."; exit 1; }
+	@touch $@
+
+lock:  ## Resolve the dependencies again and write both locks (takes a quarter of an hour).
+	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/python -m pip install --quiet -e '.[dev]' hatchling editables
+	.lock-venv/bin/python -m pip install --quiet --no-deps "$$(sed -nE 's/^quickstart = \["(.*)"\]/\1/p' pyproject.toml)"
+	.lock-venv/bin/python -m pip freeze --all --exclude-editable --exclude pip \
+	  | sed -E 's/^(torch==[0-9.]+)\+cpu/\1/' | sort -f > requirements.lock
+	.lock-venv/bin/python -m pip install --quiet --dry-run --ignore-installed --isolated \
+	  --report .lock-venv/cuda.json "$$(grep '^torch==' requirements.lock)"
+	$(PYTHON) .ci/cuda_lock.py .lock-venv/cuda.json requirements.lock requirements-cuda.lock
+	rm -rf .lock-venv
+
+quickstart: install  ## Fine-tune a real 135M chat model on this machine, from data to verdict.
+	@$(BIN)/posttrain run configs/quickstart.yaml
+
+test: install lint  ## Lint, types, import contracts, tests.
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-slow: install  ## Tests that take minutes.
+	$(BIN)/python -m pytest -m slow
+
+clean:  ## Remove the environment and all results.
+	rm -rf .venv .posttrain

@@ -51,12 +51,17 @@ def _open_model(recipe: Recipe, store: Store, problems: list[Problem]) -> ModelR
 
 
 def _open_datasets(recipe: Recipe, store: Store, problems: list[Problem]) -> dict[str, Rows]:
-    """Every dataset that opens, with the digest of its content."""
+    """Every dataset with the digest of its content.
+
+    One that cannot be opened is there as well, with an empty digest: the order of the stages is
+    checked all the same, and the problem found here keeps the pipeline from running.
+    """
     from posttrain.data.check import check_dataset
     from posttrain.data.sources import pin_revision, source_digest
 
     rows: dict[str, Rows] = {}
     for name, spec in recipe.datasets.items():
+        rows[name] = Rows(name, spec, digest="")
         _, found = check_dataset(name, spec, _wanted_family(recipe, name))
         problems += found
         if found:

@@ -333,11 +333,9 @@ class _Builder:
 
     def _dataset(self, where: str, name: str) -> Rows | None:
         if name not in self.rows:
-            # A dataset that the recipe names but that could not be opened was reported already.
-            if name not in self.recipe.datasets:
-                known = ", ".join(self.recipe.datasets) or "none"
-                fix = f"add it under `datasets`; the recipe has: {known}"
-                self._problem(where, f"there is no dataset `{name}`", fix)
+            known = ", ".join(self.rows) or "none"
+            fix = f"add it under `datasets`; the recipe has: {known}"
+            self._problem(where, f"there is no dataset `{name}`", fix)
             return None
         return self.rows[name]
 

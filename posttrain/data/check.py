@@ -7,7 +7,7 @@ import itertools
 from posttrain.data.formats import FAMILIES, read_rows
 from posttrain.data.records import BadRecord
 from posttrain.data.rows import family_of
-from posttrain.data.sources import HUB
+from posttrain.data.sources import BUILTIN, HUB
 from posttrain.errors import DataError, Problem
 from posttrain.recipe.base import RowFamily
 from posttrain.recipe.datasets import DatasetSpec
@@ -19,7 +19,7 @@ def check_dataset(
     """Read the first rows of a dataset and say what is wrong with it.
 
     A Hub dataset is not opened: that takes the network and minutes. Its family is known only if
-    its `format` is stated.
+    its `format` is stated. A built-in source is not generated: its family is known.
 
     Args:
         name: The dataset's key in the recipe.
@@ -34,6 +34,9 @@ def check_dataset(
     stated = FAMILIES[spec.format] if spec.format != "auto" else None
     if _is_hub(spec):
         return stated, _wrong_family(where, stated, wanted)
+    built_in = _built_in_family(spec)
+    if built_in is not None:
+        return built_in, _wrong_family(where, built_in, wanted)
     limit = min(rows, spec.limit or rows)
     good: list[RowFamily] = []
     bad: list[BadRecord] = []
@@ -78,6 +81,18 @@ def _wrong_family(where: str, family: RowFamily | None, wanted: RowFamily | None
             f"use a dataset in one of these formats: {formats}",
         )
     ]
+
+
+def _built_in_family(spec: DatasetSpec) -> RowFamily | None:
+    """Family of one built-in source read as it is; None for anything else."""
+    if not isinstance(spec.source, str) or spec.format != "auto" or spec.columns:
+        return None
+    families: dict[str, RowFamily] = {
+        f"{BUILTIN}python-docs/documents": "documents",
+        f"{BUILTIN}python-docs/chats": "chats",
+        f"{BUILTIN}python-docs/preferences": "preferences",
+    }
+    return families.get(spec.source)
 
 
 def _is_hub(spec: DatasetSpec) -> bool:

@@ -14,7 +14,7 @@ _ROLE = re.compile(r":[a-z:]+:`~?([^`]*)`")
 _CODE = re.compile(r"``([^`]+)``|`([^`' ]+)'|(?<![\w`])'(\w+)'(?![\w'])")
 _EMPHASIS = re.compile(r"(?<![\w*])\*{1,2}(\w+)\*{1,2}(?![\w*])")
 _SIGNATURE = re.compile(r"^[\w.]+\([^)]*\)+(\s*(->|=>|[-=]{1,2})\s*[^.]*?)?(\n|$)")
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)(?<!vs\.)\s+(?=[A-Z`(])")
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!i\.e\.)(?<!etc\.)(?<!vs\.)\s+(?=[A-Z`(])")
 _NOT_PROSE = re.compile(
     r">>>|XXX|TODO|FIXME|\.\. |::|\|  |--- |===|[{}<>|\\]|https?:|\$|^(Internal|Private|Helper)\b|"
     r"\b(obsolete|for internal use|do not use)\b|\s[-*] ",
@@ -57,7 +57,7 @@ def _clean(paragraph: str) -> str:
     text = _CODE.sub(lambda match: f"`{next(group for group in match.groups() if group)}`", text)
     text = _EMPHASIS.sub(r"`\1`", text)
     text = text.replace(" -- ", ", ").replace("--", ", ")
-    return text if text.endswith((".", "!", "?", ":", ";", ",")) else f"{text}."
+    return text if text.endswith((".", ".)", "!", "?", ":", ";", ",")) else f"{text}."
 
 
 def _is_prose(text: str) -> bool:

@@ -95,7 +95,9 @@ def _read_json(path: Path, name: str) -> Records:
     try:
         values = json.loads(_read_text(path, name))
     except json.JSONDecodeError as error:
-        raise DataError(f"{name}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}") from error
+        raise DataError(
+            f"{name}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name}: not valid JSON: {error}") from error
     if not isinstance(values, list):
@@ -163,7 +165,7 @@ def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 
 def _read_text(path: Path, name: str) -> str:
-    """A whole file as text with `\\n` line ends."""
+    """A whole file as text with Unix line ends."""
     with _open(path) as file:
         data = file.read().removeprefix(_BOM)
     try:
@@ -171,7 +173,7 @@ def _read_text(path: Path, name: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{name}:{line}: not valid UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8"
+            f"{name}:{line}: not valid UTF-8 (byte 0x{data[error.start]:02x}); save it as UTF-8"
         ) from error
 
 

@@ -129,9 +129,7 @@ def convert(record: RawRecord, row_format: RowFormat) -> Row | BadRecord:
     return replace(row, id=row_id(content_json(row), record.file, record.row))
 
 
-def _to_row(
-    record: RawRecord, spec: DatasetSpec, formats: dict[str, RowFormat]
-) -> Row | BadRecord:
+def _to_row(record: RawRecord, spec: DatasetSpec, formats: dict[str, RowFormat]) -> Row | BadRecord:
     if record.file not in formats:
         _check_columns(record, spec.columns)
     renamed = _rename(record, spec.columns)

@@ -21,7 +21,7 @@ _ROLES: dict[str, Role] = {
 """Role names of OpenAI's and ShareGPT's formats, and what they are here."""
 
 
-class NotARow(Exception):  # noqa: N818 (a verdict on a row, caught by `convert`)
+class NotARow(Exception):
     """A record cannot become a row; the message is the reason."""
 
 

@@ -1,9 +1,8 @@
 """A prepared dataset on disk: what `prepare` writes and every later stage reads.
 
-    dataset.json       family and counts
-    train.parquet      rows to train on, in source order
-    held_out.parquet   rows kept away from training, ordered by content hash
-    ledger.parquet     one line an input row: what became of it and why
+`dataset.json` holds family and counts, `train.parquet` the rows to train on in source order,
+`held_out.parquet` the rows kept away from training ordered by content hash, and `ledger.parquet`
+one line an input row: what became of it and why.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class LedgerLine:
     """What became of one input row."""
 
     id: str
-    """The row's id; empty for a bad row."""
+    """The row's id; empty for a bad row, which never became one."""
     file: str
     row: int
     verdict: Literal["keep", "drop", "bad"]
@@ -135,9 +134,7 @@ def _ledger_schema() -> pa.Schema:
     )
 
 
-def _write_records(
-    path: Path, records: Sequence[Mapping[str, object]], schema: pa.Schema
-) -> None:
+def _write_records(path: Path, records: Sequence[Mapping[str, object]], schema: pa.Schema) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -67,21 +67,18 @@ def choices() -> tuple[Choice, ...]:
     The wrong choices describe objects of the same kind, of the same module where it has enough,
     with a description of similar length. The position of the right one is spread evenly.
     """
-    candidates = [
-        item for item in _objects() if item.kind != "module" and not _names_itself(item)
-    ]
+    candidates = _examinable()
     neighbours = _Neighbours(candidates)
     ranked = sorted(candidates, key=lambda item: _hash("position", item.name))
     position = {item.name: rank % 4 for rank, item in enumerate(ranked)}
-    return tuple(
-        _choice(item, neighbours.of(item, 3), position[item.name])
-        for item in candidates
-    )
+    return tuple(_choice(item, neighbours.of(item, 3), position[item.name]) for item in candidates)
 
 
 def digest(part: str) -> str:
     """SHA-256 over the records of one part."""
-    lines = (json.dumps([record.subject, record.fields], sort_keys=True) for record in records(part))
+    lines = (
+        json.dumps([record.subject, record.fields], sort_keys=True) for record in records(part)
+    )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -142,26 +139,24 @@ def _choices() -> _Records:
         yield fields, item.subject
 
 
-@cache
-def _objects() -> tuple[PythonObject, ...]:
-    """All objects but those whose summary gives an exam question away.
+def _trained() -> list[PythonObject]:
+    return [item for item in python_objects.python_objects() if _is_trained(item)]
 
-    An exam object is left out if its summary stands inside the description of a trained one.
+
+@cache
+def _examinable() -> tuple[PythonObject, ...]:
+    """Objects to ask about: summaries that neither hold their own name nor were given away.
+
+    An exam object whose summary stands inside a trained description would not be unseen.
     """
-    trained = "\n".join(_fold(item.description) for item in _side("trained"))
+    given_away = "\n".join(_fold(item.description) for item in _trained())
     return tuple(
         item
         for item in python_objects.python_objects()
-        if _is_trained(item) or _fold(item.summary).rstrip(".") not in trained
+        if item.kind != "module"
+        and not _names_itself(item)
+        and (_is_trained(item) or _fold(item.summary).rstrip(".") not in given_away)
     )
-
-
-def _side(side: str) -> list[PythonObject]:
-    return [item for item in python_objects.python_objects() if _is_trained(item) == (side == "trained")]
-
-
-def _trained() -> list[PythonObject]:
-    return _side("trained")
 
 
 def _is_trained(item: PythonObject) -> bool:

@@ -26,19 +26,21 @@ from posttrain.data.docstrings import describe, first_sentence
 
 Kind = Literal["module", "class", "function", "method"]
 
-_LEFT_OUT = frozenset(
-    "__main__ __phello__ antigravity distutils encodings ensurepip idlelib lib2to3 nturl2path ntpath pydoc_data "
-    "popen_spawn_win32 test tests this tkinter turtledemo venv windows_events windows_utils".split()
-) | frozenset(
-    "aifc asynchat asyncore audioop cgi cgitb chunk crypt imghdr imp mailcap msilib nis nntplib "
-    "ossaudiodev pipes smtpd sndhdr spwd sunau telnetlib uu xdrlib".split()
-)
-"""Tests, tools and other systems' modules; then what PEP 594 and PEP 632 removed later."""
+_TOOLS_AND_TESTS = """
+__main__ __phello__ antigravity encodings ensurepip idlelib lib2to3 nturl2path ntpath
+popen_spawn_win32 pydoc_data test tests this tkinter turtledemo venv windows_events windows_utils
+"""
+_REMOVED_LATER = """
+aifc asynchat asyncore audioop cgi cgitb chunk crypt distutils imghdr imp mailcap msilib nis nntplib
+ossaudiodev pipes smtpd sndhdr spwd sunau telnetlib uu xdrlib
+"""
+_LEFT_OUT = frozenset((_TOOLS_AND_TESTS + _REMOVED_LATER).split())
+"""What nobody imports, what runs only elsewhere, and what PEP 594 and PEP 632 removed."""
 
-_WRITTEN_IN_C = (
-    "builtins array binascii cmath collections decimal errno functools gc itertools math operator "
-    "select struct sys time unicodedata zlib"
-).split()
+_WRITTEN_IN_C = """
+builtins array binascii cmath collections decimal errno functools gc itertools math operator select
+struct sys time unicodedata zlib
+"""
 
 _EXPORTED_AS = {"posixpath": "os.path", "genericpath": "os.path"}
 """Modules whose public name is not their file's."""
@@ -192,9 +194,7 @@ def _decorators(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
     return {item.id for item in node.decorator_list if isinstance(item, ast.Name)}
 
 
-def _signature(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, bound: bool = False
-) -> str | None:
+def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef, bound: bool = False) -> str | None:
     """The parameters as written, without the first one of a bound method."""
     arguments = node.args
     if bound:
@@ -207,7 +207,7 @@ def _signature(
 
 def _inspected() -> Iterator[PythonObject]:
     """Objects of the built-in types and of modules written in C."""
-    for module_name in _WRITTEN_IN_C:
+    for module_name in _WRITTEN_IN_C.split():
         module = importlib.import_module(module_name)
         prefix = "" if module_name == "builtins" else f"{module_name}."
         if prefix and not hasattr(module, "__file__"):
@@ -243,7 +243,9 @@ def _inspected_signature(value: object) -> str | None:
         signature = inspect.signature(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return None
-    parameters = [item for item in signature.parameters.values() if item.name not in ("self", "type")]
+    parameters = [
+        item for item in signature.parameters.values() if item.name not in ("self", "type")
+    ]
     # `/` is part of the calling convention, but answers to beginners read better without it.
     return _shown(str(signature.replace(parameters=parameters)).replace(", /", ""))
 

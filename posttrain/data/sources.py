@@ -130,9 +130,7 @@ class _Part:
 
 def _resolve(spec: DatasetSpec) -> list[_Part]:
     """All parts in source order, none twice."""
-    found = {
-        source: _find_files(source) for source in _sources(spec) if not _is_named(source)
-    }
+    found = {source: _find_files(source) for source in _sources(spec) if not _is_named(source)}
     root = _common_folder([path for paths in found.values() for path in paths])
     parts: list[_Part] = []
     for source in _sources(spec):
@@ -175,7 +173,8 @@ def _find_files(source: str) -> list[Path]:
     elif path.exists():
         found = [path]
     elif glob.has_magic(source):
-        matches = glob.glob(str(path), recursive=True)
+        # Path.glob takes no absolute patterns.
+        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207
         found = [Path(match) for match in matches if Path(match).is_file()]
         if not found:
             raise DataError(f"{source}: no file matches; the working directory is {Path.cwd()}")

@@ -37,7 +37,8 @@ class Benchmarks:
     tasks: tuple[str, ...]
     """Names of tasks, groups or tags."""
     task_folders: tuple[Path, ...] = ()
-    """Folders with further task YAMLs; they win over lm-eval's own."""
+    """Folders with further task YAMLs; they win over lm-eval's own. Where `offline_root` is given,
+    relative paths of data files in them start there."""
     limit: int | None = None
     """Items a leaf task, drawn with `seed`; None takes all."""
     num_fewshot: int | None = None
@@ -58,27 +59,53 @@ class Measured:
     settings: tuple[TaskSettings, ...]
 
 
+@dataclass(frozen=True)
+class LoadedBenchmarks:
+    """Benchmarks whose data have been read."""
+
+    asked: Benchmarks
+    leaves: dict[str, dict[str, Any]]
+    """The leaf tasks behind each name: `{name: {leaf name: lm-eval Task}}`."""
+
+
+def load_benchmarks(benchmarks: Benchmarks) -> LoadedBenchmarks:
+    """Find the tasks and read their data; takes no model, so that mistakes show at once.
+
+    Raises:
+        DataError: an unknown task, or a benchmark that cannot be read.
+    """
+    if not benchmarks.tasks:
+        return LoadedBenchmarks(benchmarks, {})
+    _quieten()
+    names = list(dict.fromkeys(benchmarks.tasks))
+    manager = _task_manager(names, benchmarks.task_folders)
+    shared: dict[str, Any] = {}
+    leaves: dict[str, dict[str, Any]] = {}
+    for name in names:
+        tasks = _load_task(manager, name, benchmarks.offline_root)
+        # `mmlu` and `mmlu_anatomy` in one recipe share the anatomy task, which is asked once.
+        leaves[name] = {leaf: shared.setdefault(leaf, task) for leaf, task in tasks.items()}
+    return LoadedBenchmarks(benchmarks, leaves)
+
+
 def run_benchmarks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    benchmarks: Benchmarks,
+    benchmarks: LoadedBenchmarks,
     batch_size: int,
     events: EventWriter,
 ) -> Measured:
     """Ask a loaded model all benchmarks, in one pass over their items.
 
     Raises:
-        DataError: an unknown task, a benchmark that cannot be read, or a task without a score for
-            each single item.
+        DataError: a task without a score for each single item.
     """
-    if not benchmarks.tasks:
+    if not benchmarks.leaves:
         return Measured((), (), ())
-    _quieten()
-    leaves = _load_tasks(benchmarks)
-    answers = _evaluate(model, tokenizer, leaves, benchmarks, batch_size, events)
+    answers = _evaluate(model, tokenizer, benchmarks, batch_size, events)
     items: list[Item] = []
     results: list[TaskResult] = []
-    for name, tasks in leaves.items():
+    for name, tasks in benchmarks.leaves.items():
         answered = [item for leaf in tasks for item in _items(name, leaf, answers)]
         items += answered
         results.append(_summarise(name, answered, answers))
@@ -93,27 +120,17 @@ def _quieten() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
-def _load_tasks(benchmarks: Benchmarks) -> dict[str, dict[str, Any]]:
-    """The leaf tasks behind each name: `{name: {leaf name: lm-eval Task}}`."""
+def _task_manager(names: Sequence[str], task_folders: Sequence[Path]) -> Any:
     from lm_eval.tasks import TaskManager
 
-    folders = [str(folder) for folder in benchmarks.task_folders]
+    folders = [str(folder) for folder in task_folders]
     own = TaskManager(include_path=folders, include_defaults=False)
-    names = list(dict.fromkeys(benchmarks.tasks))
-    manager = own
-    if not set(names) <= set(own.all_tasks):
-        # Indexing lm-eval's thousands of tasks takes seconds, so only where one is asked for.
-        manager = TaskManager(include_path=folders)
+    # Indexing lm-eval's thousands of tasks takes seconds. A group may reach into them.
+    if set(names) <= set(own.all_subtasks):
+        return own
+    manager = TaskManager(include_path=folders)
     _check_names(names, manager.all_tasks)
-    leaves: dict[str, dict[str, Any]] = {}
-    shared: dict[str, Any] = {}
-    for name in names:
-        # A relative path in a task of one's own means the present folder.
-        root = None if name in own.all_tasks else benchmarks.offline_root
-        tasks = _load_task(manager, name, root)
-        # `mmlu` and `mmlu_anatomy` in one recipe share the anatomy task, which is asked once.
-        leaves[name] = {leaf: shared.setdefault(leaf, task) for leaf, task in tasks.items()}
-    return leaves
+    return manager
 
 
 def _load_task(manager: Any, name: str, root: Path | None) -> dict[str, Any]:
@@ -164,33 +181,42 @@ def _datasets_from(root: Path | None) -> Iterator[None]:
 def _evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    leaves: dict[str, dict[str, Any]],
-    benchmarks: Benchmarks,
+    benchmarks: LoadedBenchmarks,
     batch_size: int,
     events: EventWriter,
 ) -> dict[str, Any]:
-    from lm_eval import simple_evaluate
+    """lm-eval's answers; `simple_evaluate` would spend seconds on a survey of the machine."""
+    import lm_eval
+    from transformers import set_seed
 
-    tasks = {leaf: task for group in leaves.values() for leaf, task in group.items()}
+    asked = benchmarks.asked
+    tasks = {leaf: task for group in benchmarks.leaves.values() for leaf, task in group.items()}
+    for task in tasks.values():
+        _set_fewshot(task, asked)
     drawn = {
         leaf: indices
         for leaf, task in tasks.items()
-        if (indices := _draw(leaf, len(task.eval_docs), benchmarks)) is not None
+        if (indices := _draw(leaf, len(task.eval_docs), asked)) is not None
     }
-    results: dict[str, Any] = simple_evaluate(
-        _language_model(model, tokenizer, batch_size, events),
-        tasks=list(tasks.values()),
+    set_seed(asked.seed)
+    answers: dict[str, Any] = lm_eval.evaluate(
+        lm=_language_model(model, tokenizer, batch_size, events),
+        task_dict={"tasks": tasks},
         samples=drawn or None,
-        num_fewshot=benchmarks.num_fewshot,
-        apply_chat_template=benchmarks.chat_template,
+        apply_chat_template=asked.chat_template,
+        fewshot_as_multiturn=asked.chat_template,
         bootstrap_iters=0,
         log_samples=True,
-        random_seed=benchmarks.seed,
-        numpy_random_seed=benchmarks.seed,
-        torch_random_seed=benchmarks.seed,
-        fewshot_random_seed=benchmarks.seed,
     )
-    return results
+    return answers
+
+
+def _set_fewshot(task: Any, benchmarks: Benchmarks) -> None:
+    """As on lm-eval's command line: a task that says zero in its own YAML stays at zero."""
+    stated = task.get_config("num_fewshot")
+    if stated is None or (stated != 0 and benchmarks.num_fewshot is not None):
+        task.set_config(key="num_fewshot", value=benchmarks.num_fewshot or 0)
+    task.set_fewshot_seed(seed=benchmarks.seed)
 
 
 def _draw(task: str, size: int, benchmarks: Benchmarks) -> list[int] | None:

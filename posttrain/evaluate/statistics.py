@@ -320,7 +320,8 @@ def _tango(better: int, worse: int, n: int, confidence: float) -> _Interval:
 
         if abs(mean) >= edge or excess(mean) * excess(away) >= 0:
             return math.copysign(1.0, away)
-        return float(optimize.brentq(excess, mean, away, xtol=1e-10))
+        # Bisection, since the statistic is infinite where the null leaves no variance.
+        return float(optimize.bisect(excess, mean, away, xtol=1e-10))
 
     return _Interval(low=solve(z, -edge), high=solve(-z, edge))
 

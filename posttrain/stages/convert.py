@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from posttrain.errors import ModelError
 from posttrain.recipe.convert import ConvertConfig
 from posttrain.stages.program import StageContext, StageResult, run_program
-from posttrain.train.processes import quieten_libraries
+from posttrain.train.processes import prepare_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ def main(context: StageContext[ConvertConfig]) -> StageResult:
     from posttrain.train.lora import count_trainable
     from posttrain.train.outputs import check_reload, final_logits, save_model
 
-    quieten_libraries()
+    prepare_libraries()
     file = Path(context.input("weights").path)
     context.events.phase(f"dequantizing {file.name}")
     model, tokenizer = _load_gguf(file)

@@ -49,11 +49,11 @@ def main(context: StageContext[EvaluateConfig]) -> StageResult:
     dataset = _open_dataset(context)
     if not config.tasks and dataset is None:
         raise DataError("evaluate: nothing to measure; name `tasks`, a `dataset`, or both")
-    benchmarks = _benchmarks(context, dataset)
-
-    from posttrain.evaluate.harness import run_benchmarks
+    from posttrain.evaluate.harness import load_benchmarks, run_benchmarks
     from posttrain.models import load_causal_lm, load_tokenizer
 
+    # Before the model: a misspelt task should not cost the minutes that loading one takes.
+    benchmarks = load_benchmarks(_benchmarks(context, dataset))
     context.events.phase("loading the model")
     dtype = resolve_dtype(config.dtype)
     tokenizer = load_tokenizer(context.input("model"))

@@ -10,7 +10,7 @@ from posttrain.errors import DataError, ModelError
 from posttrain.models import load_causal_lm, load_tokenizer
 from posttrain.recipe.merge import MergeConfig
 from posttrain.stages.program import StageContext, StageInput, StageResult, run_program
-from posttrain.train.processes import quieten_libraries
+from posttrain.train.processes import prepare_libraries
 from posttrain.train.rows import encode_rows
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def main(context: StageContext[MergeConfig]) -> StageResult:
     """
     from posttrain.train.outputs import check_reload, final_logits, max_difference, save_model
 
-    quieten_libraries()
+    prepare_libraries()
     adapter, bound = context.input("model"), context.config.max_logit_difference
     base = _base_of(adapter)
     tokenizer = load_tokenizer(adapter)

@@ -22,7 +22,7 @@ from posttrain.recipe.prepare import PrepareConfig
 from posttrain.stages.program import StageContext, StageInput, StageResult, run_program
 
 _REPORT_EVERY = 10_000
-"""Rows between two progress events while reading."""
+"""Rows between two events while reading."""
 
 
 def main(context: StageContext[PrepareConfig]) -> StageResult:
@@ -33,17 +33,23 @@ def main(context: StageContext[PrepareConfig]) -> StageResult:
     """
     source = context.input("rows")
     spec = DatasetSpec.model_validate(source.spec)
-    context.events.phase(f"reading {source.path}")
-    rows, bad = _read(spec, context.events)
+    records = _read(spec, source.path, context.events)
     _check_unchanged(source, spec)
     context.events.phase("splitting and cleaning")
-    prepared = _clean(rows, split_rows(rows, context.config.held_out), _operations(context.config))
-    counts = prepared.counts(len(bad))
+    rows = [record for record in records if not isinstance(record, BadRecord)]
+    sides = split_rows(rows, context.config.held_out)
+    cleaned = _clean(rows, sides, _operations(context.config))
+    counts = cleaned.counts(rows_in=len(records), bad=len(records) - len(rows))
     _check_sides(counts)
     context.events.phase("writing")
-    ledger = _in_source_order(rows, bad, prepared.ledger)
-    train, held_out = prepared.kept("train"), prepared.kept("held_out")
-    write_prepared(context.output, family_of(rows[0]), counts, train, held_out, ledger)
+    write_prepared(
+        context.output,
+        family_of(rows[0]),
+        counts,
+        train=cleaned.kept("train"),
+        held_out=cleaned.kept("held_out"),
+        ledger=[cleaned.ledger_line(record) for record in records],
+    )
     return StageResult(metrics=_metrics(counts), headline=headline(counts))
 
 
@@ -58,31 +64,31 @@ def headline(counts: Counts) -> str:
 
 
 @dataclass
-class _Prepared:
-    """Rows of both sides after cleaning, by id, and a ledger line for each."""
+class _Cleaned:
+    """Rows that are left after cleaning, and what became of the others."""
 
     rows: list[Row]
     sides: dict[str, Side]
+    """Side of every row that could be read, by id."""
     dropped: dict[str, LedgerLine] = field(default_factory=dict)
 
-    @property
-    def ledger(self) -> dict[str, LedgerLine]:
-        kept = {
-            row.id: LedgerLine(row.id, row.file, row.row, "keep", split=self.sides[row.id])
-            for row in self.rows
-        }
-        return {**kept, **self.dropped}
+    def ledger_line(self, record: Row | BadRecord) -> LedgerLine:
+        if isinstance(record, BadRecord):
+            where = (record.file, record.row)
+            return LedgerLine("", *where, "bad", "read", reason="bad", detail=record.reason)
+        kept = LedgerLine(record.id, record.file, record.row, "keep", split=self.sides[record.id])
+        return self.dropped.get(record.id, kept)
 
     def kept(self, side: Side) -> list[Row]:
         return [row for row in self.rows if self.sides[row.id] == side]
 
-    def counts(self, bad: int) -> Counts:
+    def counts(self, rows_in: int, bad: int) -> Counts:
         dropped: dict[str, Counter[str]] = {}
         for line in self.dropped.values():
             dropped.setdefault(str(line.operation), Counter())[str(line.reason)] += 1
         train, held_out = len(self.kept("train")), len(self.kept("held_out"))
         counts = Counts(
-            rows_in=len(self.sides) + bad,
+            rows_in=rows_in,
             train=train,
             held_out=held_out,
             bad=bad,
@@ -101,22 +107,21 @@ def _operations(config: PrepareConfig) -> list[Operation]:
     return operations
 
 
-def _read(spec: DatasetSpec, events: EventWriter) -> tuple[list[Row], list[BadRecord]]:
-    rows: list[Row] = []
-    bad: list[BadRecord] = []
-    for number, row in enumerate(read_rows(spec), start=1):
-        if isinstance(row, BadRecord):
-            bad.append(row)
-        else:
-            rows.append(row)
-        if number % _REPORT_EVERY == 0:
-            events.progress(number, spec.limit or 0, unit="row")
-    if not rows:
-        example = f"; the first reason: {bad[0]}" if bad else ""
-        raise DataError(f"{spec.source}: no row can be used ({len(bad)} bad rows{example})")
+def _read(spec: DatasetSpec, source: str, events: EventWriter) -> list[Row | BadRecord]:
+    events.phase(f"reading {source}")
+    records: list[Row | BadRecord] = []
+    for record in read_rows(spec):
+        records.append(record)
+        if len(records) % _REPORT_EVERY == 0:
+            events.phase(f"reading {source}: {len(records):,} rows")
+    bad = [record for record in records if isinstance(record, BadRecord)]
+    if len(bad) == len(records):
+        example = f"; the first: {bad[0]}" if bad else ""
+        raise DataError(f"{source}: no row can be used ({len(bad):,} bad ones{example})")
     if bad:
-        events.warning(f"{len(bad):,} bad rows skipped, such as {bad[0]}")
-    return rows, bad
+        events.warning(f"{len(bad):,} bad rows skipped, the first: {bad[0]}")
+    events.progress(len(records), len(records), unit="row")
+    return records
 
 
 def _check_unchanged(source: StageInput, spec: DatasetSpec) -> None:
@@ -125,16 +130,16 @@ def _check_unchanged(source: StageInput, spec: DatasetSpec) -> None:
         raise DataError(f"{source.path}: changed since the run was planned; run it again")
 
 
-def _clean(rows: list[Row], sides: Sequence[Side], operations: Sequence[Operation]) -> _Prepared:
-    prepared = _Prepared(rows, dict(zip((row.id for row in rows), sides, strict=True)))
+def _clean(rows: list[Row], sides: Sequence[Side], operations: Sequence[Operation]) -> _Cleaned:
+    cleaned = _Cleaned(rows, dict(zip((row.id for row in rows), sides, strict=True)))
     for operation in operations:
         kept: list[Row] = []
-        for decision in operation.apply(prepared.rows):
+        for decision in operation.apply(cleaned.rows):
             row = decision.row
             if decision.reason is None:
                 kept.append(row)
                 continue
-            prepared.dropped[row.id] = LedgerLine(
+            cleaned.dropped[row.id] = LedgerLine(
                 row.id,
                 row.file,
                 row.row,
@@ -142,22 +147,17 @@ def _clean(rows: list[Row], sides: Sequence[Side], operations: Sequence[Operatio
                 operation=operation.name,
                 reason=decision.reason,
                 detail=decision.detail,
-                split=prepared.sides[row.id],
+                split=cleaned.sides[row.id],
                 kept_id=decision.kept_id,
             )
-        prepared.rows = kept
-    return prepared
+        cleaned.rows = kept
+    return cleaned
 
 
 def _check_sides(counts: Counts) -> None:
     for name, number in (("training", counts.train), ("held-out", counts.held_out)):
         if number == 0:
             raise DataError(f"no {name} row is left: {headline(counts)}; loosen what drops them")
-
-
-def _in_source_order(
-    rows: list[Row], bad: list[BadRecord], lines: dict[str, LedgerLine]
-) -> list[LedgerLine]: ...
 
 
 def _left_out(counts: Counts) -> dict[str, int]:

@@ -14,7 +14,7 @@ from posttrain.stages.program import StageContext, StageResult, run_program
 from posttrain.train.arguments import plan_schedule, sft_arguments
 from posttrain.train.checkpoints import newest_complete, remove_incomplete
 from posttrain.train.lora import add_lora, check_trainable, count_trainable
-from posttrain.train.processes import leave_process_group, quieten_libraries, world_size
+from posttrain.train.processes import leave_process_group, prepare_libraries, world_size
 from posttrain.train.rows import Encodings, encode_rows, to_table
 from posttrain.train.run import run_to_end, training_result, write_training_record
 
@@ -33,7 +33,7 @@ def main(context: StageContext[SftConfig]) -> StageResult | None:
         ModelError: the model has no chat template, or a loss is not a number.
         RecipeError: `batching` or `extra_args` cannot work.
     """
-    quieten_libraries()
+    prepare_libraries()
     try:
         return _train(context)
     finally:
@@ -41,7 +41,7 @@ def main(context: StageContext[SftConfig]) -> StageResult | None:
 
 
 def _train(context: StageContext[SftConfig]) -> StageResult | None:
-    from posttrain.train.callbacks import ReportProgress, sft_callbacks
+    from posttrain.train.callbacks import ReportProgress, training_callbacks
     from posttrain.train.trainer import TokenWeightedTrainer
 
     config = context.config
@@ -66,7 +66,7 @@ def _train(context: StageContext[SftConfig]) -> StageResult | None:
         processing_class=tokenizer,
         train_dataset=to_table(train.rows, config.batching.batch_size, tokenizer.pad_token_id),
         eval_dataset=to_table(held_out.rows, schedule.rows_a_pass, tokenizer.pad_token_id),
-        callbacks=[report, *sft_callbacks(config, context.events)],
+        callbacks=training_callbacks(config.validation, report, context.events),
     )
     history = run_to_end(trainer, checkpoint)
     if context.rank != 0:

@@ -141,28 +141,25 @@ def plan_schedule(config: SftConfig, rows: int, world_size: int) -> Schedule:
     """Steps, evaluations and gradient accumulation for a number of training rows.
 
     Raises:
-        RecipeError: `batching.batch_size` cannot be spread evenly over the processes.
+        RecipeError: the rows of a step cannot be split evenly over processes or passes.
     """
-    batch_size, micro = config.batching.batch_size, config.micro_batch_size
-    if micro < 1 or batch_size % (micro * world_size):
-        per_process = batch_size // world_size
-        divisors = [n for n in range(1, per_process + 1) if per_process % n == 0]
-        fix = (
-            f"make it a multiple of {world_size}"
-            if batch_size % world_size
-            else f"set `batching.micro_batch_size` to one of {divisors}"
-        )
-        message = (
-            f"{batch_size} rows a step cannot be split evenly over {world_size} processes "
-            f"in passes of {micro} rows"
-        )
+    batch_size = config.batching.batch_size
+    if batch_size % world_size:
+        message = f"{batch_size} rows a step cannot be split evenly over {world_size} processes"
+        fix = f"make it a multiple of {world_size}"
         raise RecipeError([Problem("batching.batch_size", message, fix)])
+    micro, per_process = config.micro_batch_size, batch_size // world_size
+    if per_process % micro:
+        divisors = [rows for rows in range(1, per_process + 1) if per_process % rows == 0]
+        message = f"{per_process} rows a step and process cannot be split evenly into {micro}"
+        fix = f"write one of {divisors}"
+        raise RecipeError([Problem("batching.micro_batch_size", message, fix)])
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(rows / batch_size))
     return Schedule(
         steps=steps,
         evaluate_every=min(config.validation.every_steps or max(1, steps // 10), steps),
         micro_batch_size=micro,
-        accumulation=batch_size // (micro * world_size),
+        accumulation=per_process // micro,
         world_size=world_size,
     )
 
@@ -192,8 +189,9 @@ def sft_arguments(
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         "use_cpu": not cuda,
-        "ddp_backend": "nccl" if cuda else "gloo",
     }
+    if schedule.world_size > 1:
+        ours["ddp_backend"] = "nccl" if cuda else "gloo"
     # Recomputing activations saves memory, which a CPU has, and costs time, which it has not.
     defaults: dict[str, object] = {"gradient_checkpointing": cuda}
     if not cuda:

@@ -23,7 +23,7 @@ from transformers import (
 
 from posttrain.errors import ModelError
 from posttrain.events import EventWriter
-from posttrain.recipe.sft import SftConfig
+from posttrain.recipe.sft import Validation
 from posttrain.train.checkpoints import mark_complete
 from posttrain.train.processes import any_process, wait_for_all
 
@@ -31,17 +31,13 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 """Exit code of a program that was asked to stop and did so in good order."""
 
 
-def sft_callbacks(config: SftConfig, events: EventWriter) -> list[TrainerCallback]:
+def training_callbacks(
+    validation: Validation, report: ReportProgress, events: EventWriter
+) -> list[TrainerCallback]:
     """All callbacks of a training stage, in the order in which they must run."""
-    callbacks = [
-        RefuseNonFinite(),
-        ReportProgress(events, config.launch.log_every_steps),
-        CompleteCheckpoints(),
-        StopOnSignal(events),
-    ]
-    if config.validation.patience is not None:
-        stop = EarlyStoppingCallback(config.validation.patience, config.validation.min_delta)
-        callbacks.append(stop)
+    callbacks = [RefuseNonFinite(), report, CompleteCheckpoints(), StopOnSignal(events)]
+    if validation.patience is not None:
+        callbacks.append(EarlyStoppingCallback(validation.patience, validation.min_delta))
     return callbacks
 
 

@@ -18,10 +18,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def quieten_libraries() -> None:
-    """No progress bars and no advice in the log; errors and our own words stay."""
+def prepare_libraries() -> None:
+    """Keep the libraries quiet and DeepSpeed out; call it before the first model is loaded."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    import accelerate.utils.other
     import datasets
     from transformers.utils import logging
 
@@ -32,6 +34,8 @@ def quieten_libraries() -> None:
     libraries = r"(accelerate|datasets|peft|torch|transformers|trl)\."
     for category in (FutureWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=libraries)
+    # accelerate imports it, in 3 to 5 seconds, only to ask whether a model is one of its engines.
+    accelerate.utils.other.is_deepspeed_available = lambda: False
 
 
 def wait_for_all() -> None:

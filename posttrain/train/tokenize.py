@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,15 @@ class Encoded:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
+@dataclass(frozen=True)
+class _Token:
+    """A token and the characters of the text that it covers, from `first` up to `last`."""
+
+    id: int
+    first: int
+    last: int
+
+
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int
 ) -> Encoded:
@@ -55,11 +65,29 @@ def encode_chat(
         ModelError: the template cannot render this chat, or rewrites earlier turns when later
             ones follow, so that what the model would be trained on is not what it would say.
     """
-    if _GENERATION_MARKER.search(_template(tokenizer)):
-        ids, trained = _encode_marked(tokenizer, messages)
-    else:
-        ids, trained = _encode_by_prefixes(tokenizer, messages)
-    return _truncate(tokenizer, ids, trained, max_length)
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the tokenizer does not say which characters a token "
+            "covers; use a model with a fast tokenizer (tokenizer.json)"
+        )
+    template = _template(tokenizer)
+    marked = _GENERATION_MARKER.search(template) is not None
+    text, spans = (_marked if marked else _by_prefixes)(tokenizer, template, messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = [
+        _Token(token, first, last)
+        for token, (first, last) in zip(
+            encoded["input_ids"], encoded["offset_mapping"], strict=True
+        )
+    ]
+    special = set(tokenizer.all_special_ids)
+    ends = [_end_of_turn(text, tokens, special, *span) for span in spans]
+    turns = [(start, end) for (start, _), end in zip(spans, ends, strict=True)]
+    # A token that begins in the header belongs to the prompt when generating, too.
+    trained = [
+        any(start <= token.first < token.last <= end for start, end in turns) for token in tokens
+    ]
+    return _truncate([token.id for token in tokens], trained, max_length, tokenizer.bos_token_id)
 
 
 def encode_document(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> Encoded:
@@ -83,46 +111,34 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(template.get("default", "")) if isinstance(template, dict) else str(template)
 
 
-def _encode_marked(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> tuple[list[int], list[bool]]:
-    """Let the template's own markers say what the assistant wrote."""
-    encoded = tokenizer.apply_chat_template(
-        _plain(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids: list[int] = encoded["input_ids"]
-    trained = [bool(flag) for flag in encoded["assistant_masks"]]
-    special = set(tokenizer.all_special_ids)
-    # Some templates mark the content but leave out the token that ends the turn; without it the
-    # model would never learn to stop.
-    for index in range(1, len(ids)):
-        if trained[index - 1] and ids[index - 1] not in special and ids[index] in special:
-            trained[index] = True
-    return ids, trained
+def _marked(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered chat, and what its `{% generation %}` markers enclose, in characters.
 
+    The tokenizer's own mask is made of these, but leaves out the last bytes of a character that
+    is split over several tokens.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
 
-def _encode_by_prefixes(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> tuple[list[int], list[bool]]:
-    """Find each assistant turn as what its rendering adds to the rendering of what precedes it."""
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: the tokenizer does not say which characters a token "
-            "covers; use a model with a fast tokenizer (tokenizer.json)"
+    with _template_errors(tokenizer, messages):
+        texts, spans = render_jinja_template(
+            [_plain(messages)],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
         )
+    return texts[0], [(int(start), int(end)) for start, end in spans[0]]
+
+
+def _by_prefixes(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered chat, and what each assistant turn adds to the rendering of what precedes it."""
+    del template  # the tokenizer knows it
     text = _render(tokenizer, messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids: list[int] = encoded["input_ids"]
-    offsets: list[tuple[int, int]] = encoded["offset_mapping"]
-    trained = [False] * len(ids)
-    for turn, message in enumerate(messages):
-        if message.role == "assistant":
-            start, end = _turn_span(tokenizer, messages, turn, text)
-            end = _end_of_turn(tokenizer, text, ids, offsets, start, end)
-            for index, (first, last) in enumerate(offsets):
-                # A token that begins in the header belongs to the prompt when generating too.
-                trained[index] |= start <= first < last <= end
-    return ids, trained
+    turns = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
+    return text, [_turn_span(tokenizer, messages, turn, text) for turn in turns]
 
 
 def _turn_span(
@@ -143,22 +159,20 @@ def _turn_span(
 
 
 def _end_of_turn(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    ids: Sequence[int],
-    offsets: Sequence[tuple[int, int]],
-    start: int,
-    end: int,
+    text: str, tokens: Sequence[_Token], special: set[int], start: int, end: int
 ) -> int:
-    """Where the turn's last special token ends, if nothing but white space follows it.
+    """Where the special token that ends the turn ends; `end` where there is none.
 
-    Templates write a line break after the end-of-turn token; generation stops before it.
+    Templates write a line break after the end-of-turn token, and generation stops before it; and
+    some templates' markers leave the token out, though without it nothing would teach the model
+    to stop.
     """
-    special = set(tokenizer.all_special_ids)
-    for token, (first, last) in zip(reversed(ids), reversed(offsets), strict=True):
-        if start <= first < last <= end and token in special:
-            return last if not text[last:end].strip() else end
-    return end
+    inside = [token for token in tokens if start <= token.first and token.last <= end]
+    closing = [token for token in inside if token.id in special]
+    if closing and not text[closing[-1].last : end].strip():
+        return closing[-1].last
+    following = [token for token in tokens if token.first == end and token.id in special]
+    return following[0].last if following else end
 
 
 def _render(
@@ -166,14 +180,23 @@ def _render(
     messages: Sequence[Message],
     add_generation_prompt: bool = False,
 ) -> str:
-    from jinja2 import TemplateError
-
-    try:
+    with _template_errors(tokenizer, messages):
         return str(
             tokenizer.apply_chat_template(
                 _plain(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
         )
+
+
+@contextmanager
+def _template_errors(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+) -> Iterator[None]:
+    """Say which turns a template could not write, and what it said."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
     except (TemplateError, IndexError) as error:
         roles = ", ".join(message.role for message in messages) or "no turn at all"
         raise ModelError(
@@ -187,7 +210,7 @@ def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def _truncate(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], trained: list[bool], max_length: int
+    ids: list[int], trained: list[bool], max_length: int, bos_token_id: int | None
 ) -> Encoded:
     """Cut to `max_length` without losing the answer or, where that can be helped, the question.
 
@@ -205,7 +228,7 @@ def _truncate(
     prompt = trained.index(True)
     room = max(max_length // 2, max_length - (len(ids) - prompt))
     dropped = max(0, prompt - room)
-    if dropped and ids[0] == tokenizer.bos_token_id:
+    if dropped and ids[0] == bos_token_id:
         keep = [0, *range(dropped + 1, len(ids))][:max_length]
     else:
         keep = list(range(dropped, len(ids)))[:max_length]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from transformers import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
@@ -24,8 +25,11 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
     with the number of processes. Here it is nats per trained token over all rows.
     """
 
-    _step_tokens = 0
-    _step_trained_tokens = 0
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.remove_callback(PrinterCallback)  # progress goes to events.jsonl
+        self._step_tokens = 0
+        self._step_trained_tokens = 0
 
     def evaluation_loop(
         self,

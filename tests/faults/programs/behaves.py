@@ -85,7 +85,7 @@ def write_checkpoint_on_term() -> None:
 
 def write_checkpoint_with_a_worker() -> None:
     """Like a rank whose data loader has a worker, needed until the checkpoint is written."""
-    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
 
     def on_term(_number: int, _frame: object) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -122,7 +122,7 @@ def leave_a_daemon() -> None:
     if os.fork() == 0:
         os.setsid()
         code = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-        code += f"open({str(STAGE_DIR / 'daemon')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+        code += f"open({str(STAGE_DIR / 'daemon')!r}, 'w').write(str(os.getpid())); time.sleep(100)"
         subprocess.Popen([sys.executable, "-c", code], env={})
         os._exit(0)
     os.wait()
@@ -142,7 +142,7 @@ def leave_a_daemon_and_wait() -> None:
 
 def ready_then_sleep() -> None:
     EVENTS.phase("ready")
-    time.sleep(600)
+    time.sleep(100)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def on_event(_event: object) -> None:
         child = os.fork()
         if child == 0:  # inherits all of the flow's descriptors, and outlives it
             lock.close()
-            time.sleep(600)
+            time.sleep(100)
         (stage_dir / "forked").write_text(str(child))
 
 

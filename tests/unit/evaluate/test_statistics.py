@@ -33,14 +33,12 @@ def compare(base: object, candidate: object, **options: object) -> PairedDiffere
 
 @given(answers)
 @settings(max_examples=40, deadline=None)
-def test_bounds_enclose_the_mean_and_mirror_when_the_models_are_swapped(pairs):
+def test_bounds_enclose_the_mean_and_are_never_equal(pairs):
     base, candidate = zip(*pairs, strict=True)
-    there, back = compare(base, candidate), compare(candidate, base)
-    assert -1 <= there.low <= there.mean <= there.high <= 1
-    assert there.low < there.high
-    assert back.mean == pytest.approx(-there.mean)
-    # The score interval mirrors exactly; the bootstrap only up to its own noise.
-    assert back.low == pytest.approx(-there.high, abs=0.05)
+    difference = compare(base, candidate)
+    assert -1 <= difference.low <= difference.mean <= difference.high <= 1
+    assert difference.low < difference.high
+    assert compare(candidate, base).mean == -difference.mean
 
 
 @given(answers, st.integers(0, 1000))
@@ -73,12 +71,27 @@ def test_a_single_item_gives_the_widest_interval_for_any_kind_of_score():
     assert compare([1.0], [0.0]).low <= -0.9
 
 
-def test_score_interval_agrees_with_published_values():
-    # Tango (1998), table I: 44 pairs, 0 improved and 1 worsened; 95% two-sided interval.
-    base, candidate = [1.0] * 44, [0.0] + [1.0] * 43
-    difference = compare(base, candidate, confidence=0.975)
-    assert difference.low == pytest.approx(-0.118, abs=1e-3)
-    assert difference.high == pytest.approx(0.061, abs=1e-3)
+@pytest.mark.parametrize(
+    ("better", "worse", "n"), [(0, 1, 44), (5, 2, 30), (2, 0, 4), (3, 3, 80), (1, 9, 50)]
+)
+def test_bounds_are_where_the_likelihood_puts_them(better, worse, n):
+    """At each bound the score test, with its variance found by brute force, gives exactly 5%."""
+    base = [0.0] * better + [1.0] * worse + [1.0] * (n - better - worse)
+    candidate = [1.0] * better + [0.0] * worse + [1.0] * (n - better - worse)
+    # So few resamples that the bootstrap does not decide.
+    difference = compare(base, candidate, bootstrap_samples=2)
+    for bound, z in ((difference.low, 1.644854), (difference.high, -1.644854)):
+        share = most_likely_share(better, worse, n, bound)
+        deviation = (n * (2 * share + bound * (1 - bound))) ** 0.5
+        assert (better - worse - n * bound) / deviation == pytest.approx(z, abs=1e-3)
+
+
+def most_likely_share(better: int, worse: int, n: int, null: float) -> float:
+    """Share of worsened items that fits best when improved minus worsened is `null`."""
+    share = np.linspace(max(0.0, -null), (1 - null) / 2, 2_000_001)[1:-1]
+    fit = better * np.log(share + null) + worse * np.log(share)
+    fit += (n - better - worse) * np.log(1 - 2 * share - null)
+    return float(share[fit.argmax()])
 
 
 @pytest.mark.parametrize("n", [100, 200, 400])
@@ -155,7 +168,7 @@ def test_p_value_and_upper_bound_tell_the_same_story():
 
 @pytest.mark.parametrize(
     ("base", "candidate"),
-    [([1.0] * 50, [1.0] * 49 + [0.0]), ([1.0] * 20, [1.0] * 20), ([0.0] * 30, [1.0] + [0.0] * 29)],
+    [([1.0] * 100, [1.0] * 99 + [0.0]), ([1.0] * 20, [1.0] * 20), ([0.0] * 30, [1.0] + [0.0] * 29)],
 )
 def test_items_needed_asks_for_more_than_there_were(base, candidate):
     difference = compare(base, candidate)
@@ -169,7 +182,9 @@ def test_items_needed_keeps_its_promise():
     # A tenth of the items changes, no true drop: with the items it asks for, most runs pass.
     needed = items_needed(PairedDifference(0, -0.04, 0.04, 200, 0.1**0.5 / 200**0.5, 1), 0.02, 0.95)
     assert needed == 1600
-    passed = sum(non_inferiority(simulated(needed, 0.0, seed), MARGIN) == "pass" for seed in range(60))
+    passed = sum(
+        non_inferiority(simulated(needed, 0.0, seed), MARGIN) == "pass" for seed in range(60)
+    )
     assert 0.65 <= passed / 60 <= 0.95
 
 

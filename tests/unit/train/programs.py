@@ -15,7 +15,7 @@ from posttrain.data.rows import Chat, Message
 from posttrain.events import EventReader, Progress
 from posttrain.stages.program import StageInput, StageJob, StageResult, read_result
 from posttrain.store.files import write_bytes
-from posttrain.train.history import History, HeldOut, Step
+from posttrain.train.history import HeldOut, History, Step
 
 COLOURS = ("red", "green", "blue", "black", "white", "amber")
 THINGS = ("door", "roof", "boat", "lamp", "coat", "leaf", "road", "cup")

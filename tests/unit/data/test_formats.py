@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.data.formats import convert, detect, read_rows
+from posttrain.data.records import BadRecord, RawRecord
+from posttrain.data.rows import Chat, Document, KtoExample, Message, Messages, Preference
+from posttrain.errors import DataError
+from posttrain.recipe import DatasetSpec, RowFormat
+
+USER = {"role": "user", "content": "Hi"}
+REPLY = {"role": "assistant", "content": "Hello"}
+WORSE = {"role": "assistant", "content": "What?"}
+
+
+def row(fields: dict[str, Any], row_format: RowFormat | None = None) -> Any:
+    record = RawRecord("a.jsonl", 17, fields)
+    return convert(record, row_format or detect(record))
+
+
+def turns(*pairs: tuple[str, str]) -> Messages:
+    return tuple(Message(role, content) for role, content in pairs)  # type: ignore[arg-type]
+
+
+SIMPLE = turns(("user", "Hi"), ("assistant", "Hello"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "messages"),
+    [
+        ({"prompt": "Hi", "completion": "Hello"}, SIMPLE),
+        ({"prompt": [USER], "completion": [REPLY]}, SIMPLE),
+        ({"instruction": "Hi", "input": "", "output": "Hello"}, SIMPLE),
+        ({"instruction": "Hi", "input": None, "output": "Hello"}, SIMPLE),
+        (
+            {"instruction": "Add", "input": "1, 2", "output": "3", "system": "Be brief."},
+            turns(("system", "Be brief."), ("user", "Add\n\n1, 2"), ("assistant", "3")),
+        ),
+        ({"messages": [USER, REPLY], "id": 7}, SIMPLE),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, REPLY]},
+            SIMPLE,
+        ),
+        (
+            {"messages": [{"role": "developer", "content": "Be brief."}, USER, REPLY]},
+            (*turns(("system", "Be brief.")), *SIMPLE),
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "tool", "value": "{}"},
+                    {"from": "gpt", "value": "Hello"},
+                ],
+                "system": "Be brief.",
+            },
+            turns(("system", "Be brief."), ("user", "Hi"), ("tool", "{}"), ("assistant", "Hello")),
+        ),
+    ],
+)
+def test_chats(fields: dict[str, Any], messages: Messages) -> None:
+    assert row(fields).messages == messages
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"},
+        {"prompt": [USER], "chosen": [REPLY], "rejected": [WORSE]},
+        {"prompt": "Hi", "chosen": [USER, REPLY], "rejected": [USER, WORSE]},
+        {"chosen": [USER, REPLY], "rejected": [USER, WORSE]},
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "chosen": {"from": "gpt", "value": "Hello"},
+            "rejected": {"from": "gpt", "value": "What?"},
+        },
+    ],
+)
+def test_preferences(fields: dict[str, Any]) -> None:
+    made = row(fields)
+    assert isinstance(made, Preference)
+    assert made.prompt == turns(("user", "Hi"))
+    assert made.chosen == turns(("assistant", "Hello"))
+    assert made.rejected == turns(("assistant", "What?"))
+
+
+def test_implicit_prompt_ends_before_the_replies_differ() -> None:
+    chat = [USER, REPLY, {"role": "user", "content": "More"}]
+    made = row({"chosen": [*chat, REPLY], "rejected": [*chat, WORSE]})
+    assert [message.content for message in made.prompt] == ["Hi", "Hello", "More"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "label"),
+    [
+        ({"messages": [USER, REPLY], "label": True}, True),
+        ({"prompt": "Hi", "completion": "Hello", "label": False}, False),
+        ({"prompt": "Hi", "completion": "Hello", "label": "False"}, False),
+    ],
+)
+def test_kto(fields: dict[str, Any], label: bool) -> None:
+    made = row(fields)
+    assert isinstance(made, KtoExample)
+    assert (made.prompt, made.completion) == (SIMPLE[:1], SIMPLE[1:])
+    assert made.label is label
+
+
+@pytest.mark.parametrize(
+    ("row_format", "fields", "reason"),
+    [
+        ("text", {"text": "  "}, "`text` is empty"),
+        ("text", {"text": 3}, "`text` must be a text, not int"),
+        ("text", {"other": "x"}, "`text` is missing"),
+        ("text", {"text": "\ud800"}, "`text` has half a surrogate pair at character 1"),
+        ("alpaca", {"instruction": "Hi", "output": ""}, "`output` is empty"),
+        ("alpaca", {"instruction": None, "output": "x"}, "`instruction` must be a text, not null"),
+        ("prompt_completion", {"prompt": "Hi"}, "`completion` is missing"),
+        (
+            "prompt_completion",
+            {"prompt": "Hi", "completion": [USER]},
+            "`completion` must be the assistant's turn, not the user's",
+        ),
+        ("messages", {"messages": []}, "`messages` is empty"),
+        ("messages", {"messages": "Hi"}, "`messages` must be a list of messages, not str"),
+        ("messages", {"messages": [USER]}, "`messages` has no assistant turn"),
+        ("messages", {"messages": [REPLY]}, "`messages` has no turn before the assistant's"),
+        (
+            "messages",
+            {"messages": [{"role": "bot", "content": "x"}]},
+            "`messages`[0]: unknown role 'bot'; the roles are system, user, assistant, tool",
+        ),
+        ("messages", {"messages": [USER, {"role": "assistant"}]}, "`messages`[1] has no `content`"),
+        (
+            "messages",
+            {"messages": [USER, {**REPLY, "tool_calls": [{}]}]},
+            "`messages`[1]: `tool_calls` are not supported",
+        ),
+        (
+            "messages",
+            {"messages": [USER, {"role": "system", "content": "x"}, REPLY]},
+            "`messages`[1]: a system message may only stand first",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, REPLY]},
+            "`messages`[0]: only text parts are supported",
+        ),
+        (
+            "preference",
+            {"prompt": "Hi", "chosen": "Hello", "rejected": "Hello"},
+            "`chosen` and `rejected` are the same",
+        ),
+        (
+            "preference",
+            {"chosen": "Hello", "rejected": "What?"},
+            "there is no `prompt`, and `chosen` and `rejected` do not begin with the same turns",
+        ),
+        (
+            "preference",
+            {"prompt": [USER, REPLY], "chosen": "Hello", "rejected": "What?"},
+            "`prompt` must end with the user's turn, not the assistant's",
+        ),
+        (
+            "kto",
+            {"messages": [USER, REPLY], "label": 1},
+            "`label` must be true or false, not 1",
+        ),
+        (
+            "kto",
+            {"messages": [REPLY, USER], "label": True},
+            "`messages` without its last turn must end with the user's turn",
+        ),
+        (
+            "kto",
+            {"messages": [USER], "label": True},
+            "`messages` without its last turn is empty",
+        ),
+    ],
+)
+def test_bad_rows_say_which_field_and_why(
+    row_format: RowFormat, fields: dict[str, Any], reason: str
+) -> None:
+    bad = row(fields, row_format)
+    assert isinstance(bad, BadRecord)
+    assert str(bad).startswith(f"a.jsonl:17: {reason}")
+
+
+def test_detection_that_fails_shows_columns_and_formats() -> None:
+    with pytest.raises(
+        DataError, match=r"no format fits the columns \(answer, question\)"
+    ) as error:
+        detect(RawRecord("a.jsonl", 1, {"question": "x", "answer": "y"}))
+    assert "alpaca (instruction + output)" in str(error.value)
+    with pytest.raises(DataError, match=r"more than one format fits .*: text, messages;"):
+        detect(RawRecord("a.jsonl", 1, {"text": "x", "messages": []}))
+    with pytest.raises(DataError, match=r"more than one format fits .*: messages, kto;"):
+        detect(RawRecord("a.jsonl", 1, {"messages": [], "label": "billing"}))
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def _write(*records: dict[str, Any], name: str = "a.jsonl", **options: Any) -> DatasetSpec:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return DatasetSpec.model_validate({"source": str(path), **options})
+
+    return _write
+
+
+def test_columns_rename(write: Any) -> None:
+    spec = write(
+        {"question": "Hi", "answer": "Hello", "prompt": "ignored"},
+        {"question": "Hi"},
+        columns={"prompt": "question", "completion": "answer"},
+        on_bad_row="skip",
+    )
+    good, bad = read_rows(spec)
+    assert isinstance(good, Chat)
+    assert good.messages == SIMPLE
+    assert str(bad) == "a.jsonl:2: `completion` is missing"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"promt": "question"}, "no format has; did you mean `prompt`?"),
+        ({"prompt": "questoin"}, "the columns are answer, question; did you mean `question`?"),
+    ],
+)
+def test_misspelt_columns_are_named(write: Any, columns: dict[str, str], message: str) -> None:
+    spec = write({"question": "Hi", "answer": "Hello"}, columns=columns)
+    with pytest.raises(DataError) as error:
+        list(read_rows(spec))
+    assert message in str(error.value)
+
+
+def test_bad_row_stops_or_is_skipped(write: Any) -> None:
+    records = [{"text": "x"}, {"text": ""}, {"text": "y"}]
+    with pytest.raises(DataError, match=r"a\.jsonl:2: `text` is empty .*on_bad_row: skip"):
+        list(read_rows(write(*records)))
+    rows = list(read_rows(write(*records, on_bad_row="skip")))
+    assert [type(item) for item in rows] == [Document, BadRecord, Document]
+
+
+def test_files_of_one_dataset_share_a_family_not_a_format(write: Any) -> None:
+    one = write({"messages": [USER, REPLY]}, name="a.jsonl").source
+    two = write({"prompt": "Hi", "completion": "Hello"}, name="b.jsonl").source
+    three = write({"text": "x"}, name="c.jsonl").source
+    rows = list(read_rows(DatasetSpec(source=(one, two))))
+    assert [item.messages for item in rows if isinstance(item, Chat)] == [SIMPLE, SIMPLE]
+    with pytest.raises(DataError, match=r"c\.jsonl holds documents .* make them two datasets"):
+        list(read_rows(DatasetSpec(source=(one, three))))
+
+
+def test_ids_depend_on_content_and_position_alone(write: Any, tmp_path: Path) -> None:
+    spec = write({"text": "x"}, {"text": "x"}, {"text": "y"})
+    ids = [item.id for item in read_rows(spec) if isinstance(item, Document)]
+    assert len(set(ids)) == 3
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "a.jsonl").rename(tmp_path / "moved/a.jsonl")
+    moved = read_rows(DatasetSpec(source=str(tmp_path / "moved")))
+    assert [item.id for item in moved if isinstance(item, Document)] == ids
+
+
+@pytest.mark.parametrize(
+    ("name", "row_type", "count"),
+    [
+        ("alpaca_en_demo.json", Chat, 999),
+        ("dpo_en_demo.json", Preference, 300),
+        ("kto_en_demo.json", KtoExample, 300),
+        ("c4_demo.jsonl", Document, 300),
+        ("wiki_demo.txt", Document, 30),
+    ],
+)
+def test_real_files_are_read_whole(real_data: Path, name: str, row_type: type, count: int) -> None:
+    rows = read_rows(DatasetSpec(source=str(real_data / name)))
+    assert Counter(type(item) for item in rows) == {row_type: count}

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from posttrain.data.prepared import Counts, write_prepared
+from posttrain.data.python_docs import choices
+from posttrain.data.rows import Chat, Document, Message, Preference
+from posttrain.errors import DataError
+from posttrain.evaluate.items import read_items, read_perplexity
+from posttrain.evaluate.results import EvaluationResults
+from posttrain.events import EventReader, Warn
+from posttrain.recipe.evaluate import EvaluateConfig, Samples
+from posttrain.stages.evaluate import main
+
+OUTPUT = ("results.json", "items.parquet", "perplexity.parquet", "samples.json")
+
+
+def write_rows(folder: Path, family: str, train: list, held_out: list) -> Path:
+    counts = Counts(
+        rows_in=len(train) + len(held_out),
+        train=len(train),
+        held_out=len(held_out),
+        bad=0,
+        dropped={},
+    )
+    write_prepared(folder, family, counts, train, held_out, [])  # type: ignore[arg-type]
+    return folder
+
+
+def chat(number: int, subject: str) -> Chat:
+    turns = (Message("user", f"What is {subject}?"), Message("assistant", f"Number {number}."))
+    return Chat(id=f"id{number}", file="f", row=number, subject=subject, messages=turns)
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> Path:
+    subjects = [item.subject for item in choices()[:30]]
+    rows = [chat(number, subject) for number, subject in enumerate(subjects)]
+    return write_rows(tmp_path_factory.mktemp("chats"), "chats", rows[:18], rows[18:])
+
+
+@pytest.fixture
+def evaluate(make_context, tiny_model):
+    def evaluate(dataset: Path | None, **settings: object):
+        inputs = {"model": ("model", tiny_model)}
+        if dataset is not None:
+            inputs["dataset"] = ("dataset", dataset)
+        context = make_context(EvaluateConfig(**settings), inputs)  # type: ignore[arg-type]
+        return context, main(context)
+
+    return evaluate
+
+
+def test_everything_at_once(evaluate, chats):
+    tasks = ("python_docs_held_out", "python_docs_trained")
+    context, result = evaluate(
+        chats, tasks=tasks, limit=20, samples=Samples(count=2, max_new_tokens=4)
+    )
+    results = EvaluationResults.load(context.output)
+    held_out, trained = results.tasks
+    assert (held_out.task, held_out.n, trained.task, trained.n) == (tasks[0], 20, tasks[1], 18)
+    assert results.settings_digest == results.settings.digest
+    assert results.perplexity is not None
+    assert results.perplexity.rows == len(read_perplexity(context.output)) == 12
+    assert len(read_items(context.output)) == 38
+    samples = json.loads((context.output / "samples.json").read_bytes())
+    assert len(samples) == 2
+    assert result.metrics == {
+        "python_docs_held_out": held_out.value,
+        "python_docs_trained": trained.value,
+        "perplexity": results.perplexity.perplexity,
+        "bits_per_byte": results.perplexity.bits_per_byte,
+    }
+    assert result.headline.startswith("python_docs_held_out 0.")
+    assert "perplexity" in result.headline
+
+
+def test_the_same_inputs_give_the_same_bytes(evaluate, chats):
+    settings = {"tasks": ("python_docs_held_out",), "limit": 6, "max_perplexity_rows": 4}
+    first, _ = evaluate(chats, **settings)
+    second, _ = evaluate(chats, **settings)
+    for name in OUTPUT:
+        assert (first.output / name).read_bytes() == (second.output / name).read_bytes(), name
+    assert sorted(path.name for path in first.output.iterdir()) == sorted(OUTPUT)
+
+
+def test_perplexity_alone_over_documents(evaluate, tmp_path):
+    rows = [Document(id=f"{n}", file="f", row=n, text=f"Document {n}. " * 5) for n in range(6)]
+    dataset = write_rows(tmp_path / "documents", "documents", rows[:2], rows[2:])
+    context, _ = evaluate(dataset, max_perplexity_rows=3, samples=Samples(max_new_tokens=2))
+    results = EvaluationResults.load(context.output)
+    assert results.tasks == ()
+    assert results.perplexity is not None
+    assert results.perplexity.rows == 3
+    assert read_items(context.output) == []
+
+
+def test_rows_without_one_right_text_are_not_scored(evaluate, tmp_path):
+    user, good, bad = (Message("user", "?"),), (Message("assistant", "a"),), ()
+    rows = [
+        Preference(id=f"{n}", file="f", row=n, prompt=user, chosen=good, rejected=bad)
+        for n in range(2)
+    ]
+    dataset = write_rows(tmp_path / "pairs", "preferences", rows[:1], rows[1:])
+    context, _ = evaluate(dataset)
+    warnings = [e for e in EventReader(context.stage_dir / "events.jsonl").read()]
+    assert any(isinstance(event, Warn) and "no perplexity" in event.message for event in warnings)
+    assert EvaluationResults.load(context.output).perplexity is None
+
+
+def test_settings_that_matter_change_the_digest(evaluate, chats):
+    digests = {
+        evaluate(chats, samples=Samples(count=0), **settings)[1].details["settings_digest"]
+        for settings in ({}, {"max_perplexity_rows": 3}, {"seed": 1}, {"batch_size": 2})
+    }
+    assert len(digests) == 3  # the batch size does not matter
+
+
+def test_nothing_to_measure_is_an_error(evaluate):
+    with pytest.raises(DataError, match="nothing to measure"):
+        evaluate(None)
+
+
+def test_our_tasks_need_the_dataset(evaluate):
+    with pytest.raises(DataError, match="name that dataset as `dataset`"):
+        evaluate(None, tasks=("python_docs_trained",))
+
+
+def test_a_missing_task_folder_is_an_error(evaluate, chats):
+    with pytest.raises(DataError, match=r"task_folders: no folder at .*/nowhere"):
+        evaluate(chats, task_folders=("nowhere",))

@@ -1,0 +1,106 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posttrain.errors import RecipeError
+from posttrain.recipe.sft import SftConfig
+from posttrain.train.arguments import (
+    HAS_RECIPE_KEY,
+    MANAGED,
+    check_extra_args,
+    plan_schedule,
+    sft_arguments,
+)
+
+
+def test_an_unknown_name_is_told_its_neighbours() -> None:
+    (problem,) = check_extra_args(["neftune_noise"], where="stages[1].sft.extra_args")
+    assert problem.where == "stages[1].sft.extra_args.neftune_noise"
+    assert problem.fix is not None
+    assert "`neftune_noise_alpha`" in problem.fix
+
+
+def test_a_name_with_a_recipe_key_is_sent_there() -> None:
+    (problem,) = check_extra_args(["learning_rate"])
+    assert problem.fix is not None
+    assert "optimization.learning_rate" in problem.fix
+
+
+def test_names_that_posttrain_sets_are_refused_with_the_reason() -> None:
+    (problem,) = check_extra_args(["output_dir"])
+    assert "work directory" in problem.message
+
+
+def test_other_fields_pass() -> None:
+    assert check_extra_args(["neftune_noise_alpha", "adam_beta2", "optim"]) == []
+
+
+def test_a_recipe_cannot_replace_anything_that_is_set_here(tmp_path) -> None:
+    """Every argument that differs from TRL's default is one that `extra_args` refuses."""
+    from trl import SFTConfig as TrlSftConfig
+
+    config = SftConfig(dataset="chats", seed=3, optimization={"weight_decay": 0.1})
+    schedule = plan_schedule(config, rows=100, world_size=1)
+    ours = sft_arguments(config, schedule, tmp_path, "float32", resumed=False)
+    plain = TrlSftConfig(output_dir="elsewhere", use_cpu=True)
+    free = {"dataloader_pin_memory", "gradient_checkpointing"}
+    for field in dataclasses.fields(TrlSftConfig):
+        if getattr(ours, field.name) != getattr(plain, field.name) and field.init:
+            assert field.name in {*HAS_RECIPE_KEY, *MANAGED, *free}, field.name
+
+
+def test_the_tables_name_each_field_once() -> None:
+    assert not HAS_RECIPE_KEY.keys() & MANAGED.keys()
+
+
+def test_an_extra_argument_reaches_trl(tmp_path) -> None:
+    config = SftConfig(dataset="chats", extra_args={"adam_beta2": 0.95})
+    schedule = plan_schedule(config, rows=100, world_size=1)
+    assert sft_arguments(config, schedule, tmp_path, "float32", resumed=True).adam_beta2 == 0.95
+
+
+def test_a_wrong_value_is_an_error_of_the_recipe(tmp_path) -> None:
+    config = SftConfig(dataset="chats", extra_args={"optim": "sgdd"})
+    schedule = plan_schedule(config, rows=100, world_size=1)
+    with pytest.raises(RecipeError, match="extra_args"):
+        sft_arguments(config, schedule, tmp_path, "float32", resumed=True)
+
+
+@given(
+    per_process=st.integers(1, 64),
+    processes=st.integers(1, 8),
+    rows=st.integers(1, 1000),
+    epochs=st.floats(0.1, 5),
+)
+def test_the_global_batch_does_not_depend_on_the_processes(
+    per_process: int, processes: int, rows: int, epochs: float
+) -> None:
+    batching = {"batch_size": per_process * processes}
+    one = SftConfig(dataset="chats", epochs=epochs, batching=batching)
+    many = one.model_copy(
+        update={"launch": one.launch.model_copy(update={"num_processes": processes})}
+    )
+    alone = plan_schedule(one, rows, world_size=1)
+    together = plan_schedule(many, rows, world_size=processes)
+    for schedule in (alone, together):
+        assert schedule.rows_a_pass * schedule.accumulation == one.batching.batch_size
+    assert (alone.steps, alone.evaluate_every) == (together.steps, together.evaluate_every)
+    assert 1 <= alone.evaluate_every <= alone.steps
+
+
+@pytest.mark.parametrize(
+    ("batching", "processes", "fix"),
+    [
+        ({"batch_size": 6, "micro_batch_size": 4}, 1, r"one of \[1, 2, 3, 6\]"),
+        ({"batch_size": 7}, 2, "multiple of 2"),
+        ({"batch_size": 1}, 2, "multiple of 2"),
+    ],
+)
+def test_a_batch_that_cannot_be_split_is_refused(
+    batching: dict[str, int], processes: int, fix: str
+) -> None:
+    config = SftConfig(dataset="chats", batching=batching, launch={"num_processes": processes})
+    with pytest.raises(RecipeError, match=fix):
+        plan_schedule(config, rows=100, world_size=processes)
