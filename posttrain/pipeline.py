@@ -30,7 +30,7 @@ from posttrain.recipe import (
 from posttrain.recipe.base import ArtifactKind
 from posttrain.stages.program import StageInput, StageJob
 from posttrain.store import Artifact, InputRecord
-from posttrain.store.fingerprint import combine, stage_fingerprint
+from posttrain.store.fingerprint import canonical_json, combine, stage_fingerprint
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,13 @@ class Rows:
     name: str
     spec: DatasetSpec
     digest: str
+    """Of the bytes of its files, or of its pinned revision."""
+
+    @property
+    def reading_digest(self) -> str:
+        """Of the bytes and of all that decides how they are read: format, columns, limit."""
+        settings = {k: v for k, v in result_config(self.spec).items() if k != "source"}
+        return combine(self.digest, canonical_json(settings).decode())
 
 
 @dataclass(frozen=True)
@@ -102,12 +109,15 @@ class BoundStep:
 
     def _stage_input(self, name: str) -> StageInput:
         record, source = self.inputs[name], self.sources[name]
-        spec = source.spec.model_dump(mode="json") if isinstance(source, Rows) else None
         base = self.bases.get(name)
+        spec, digest = None, record.digest
+        if isinstance(source, Rows):
+            # The program checks that it reads the very bytes that were planned for.
+            spec, digest = source.spec.model_dump(mode="json"), source.digest
         return StageInput(
             kind=record.kind,
             path=_path(source),
-            digest=record.digest,
+            digest=digest,
             base=_path(base) if base else None,
             spec=spec,
         )
@@ -369,7 +379,9 @@ def _record(source: Artifact | ModelReference | Rows) -> InputRecord:
             where = f"{source.location}@{source.revision}" if source.revision else source.location
             return InputRecord(kind=kind, digest=source.digest, source=where)
         case Rows():
-            return InputRecord(kind="source", digest=source.digest, source=_rows_source(source))
+            return InputRecord(
+                kind="source", digest=source.reading_digest, source=_rows_source(source)
+            )
 
 
 def _rows_source(rows: Rows) -> str:

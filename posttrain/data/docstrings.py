@@ -14,7 +14,7 @@ _ROLE = re.compile(r":[a-z:]+:`~?([^`]*)`")
 _CODE = re.compile(r"``([^`]+)``|`([^`' ]+)'|(?<![\w`])'(\w+)'(?![\w'])")
 _EMPHASIS = re.compile(r"(?<![\w*])\*{1,2}(\w+)\*{1,2}(?![\w*])")
 _SIGNATURE = re.compile(r"^[\w.]+\([^)]*\)+(\s*(->|=>|[-=]{1,2})\s*[^.]*?)?(\n|$)")
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!i\.e\.)(?<!etc\.)(?<!vs\.)\s+(?=[A-Z`(])")
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)(?<!vs\.)\s+(?=[A-Z`(])")
 _NOT_PROSE = re.compile(
     r">>>|XXX|TODO|FIXME|\.\. |::|\|  |--- |===|[{}<>|\\]|https?:|\$|^(Internal|Private|Helper)\b|"
     r"\b(obsolete|for internal use|do not use)\b|\s[-*] ",

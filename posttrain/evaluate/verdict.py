@@ -255,14 +255,14 @@ def _perplexity_sentence(
 ) -> str:
     values = f"{three_digits(before.perplexity)} -> {three_digits(after.perplexity)}"
     seen = f"perplexity: {values} on {rows:,} rows"
-    wanted = "an improvement" if config.perplexity == "must_improve" else "no rise"
     if rows < MIN_PERPLEXITY_ROWS:
         return f"{seen}; fewer than {MIN_PERPLEXITY_ROWS} held-out rows show nothing"
-    if verdict == "pass":
-        return f"{seen}; {wanted} is shown"
-    if verdict == "fail":
-        return f"{seen}; a rise is shown"
-    return f"{seen}; {wanted} is not shown, nor the contrary"
+    if config.perplexity == "must_improve":
+        event = {"pass": "an improvement is shown", "fail": "a rise is shown"}
+        return f"{seen}; {event.get(verdict, 'an improvement is not shown')}"
+    rise = f"a rise beyond {PERPLEXITY_TOLERANCE:.0%}"
+    event = {"pass": f"{rise} is ruled out", "fail": f"{rise} is shown"}
+    return f"{seen}; {event.get(verdict, f'{rise} remains possible')}"
 
 
 def _without_proof(check: PerplexityCheck) -> PerplexityCheck:

@@ -21,14 +21,14 @@ model: {model}
 datasets:
   chats: {{source: {rows}}}
 stages:
-  - prepare: {{dataset: chats, held_out: 0.2}}
+  - prepare: {{dataset: chats, held_out: 0.3}}
   - sft:
       dataset: chats
-      adapter: {{rank: 4}}
-      max_steps: 12
+      adapter: {{rank: 16}}
+      max_steps: 24
       optimization: {{learning_rate: 0.02}}
       batching: {{batch_size: 4, max_length: 96}}
-      validation: {{every_steps: 6}}
+      validation: {{every_steps: 12}}
       dtype: float32
   - merge: {{}}
   - evaluate:

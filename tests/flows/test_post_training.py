@@ -97,6 +97,10 @@ def test_changing_one_row_runs_from_prepare_on(ran: Tiny, tmp_path: Path) -> Non
     assert would_run(ran, f"datasets.chats.source={other}") == ALL
 
 
+def test_reading_the_same_file_otherwise_runs_from_prepare_on(ran: Tiny) -> None:
+    assert would_run(ran, "datasets.chats.limit=20") == ALL
+
+
 def test_the_plan_says_what_changed(ran: Tiny) -> None:
     store = Store(ran.home / "store")
     plan = make_plan(open_pipeline(ran.recipe, ["gate.max_drop=0.5"], store), store)
@@ -158,8 +162,8 @@ def test_mlflow_holds_the_run_its_stages_data_and_models(ran: Tiny) -> None:
     assert list(children) == ALL
     assert {run.info.status for run in (parent, *children.values())} == {"FINISHED"}
     sft = children["sft"]
-    assert sft.data.params["adapter.rank"] == "4"
-    assert len(client.get_metric_history(sft.info.run_id, "loss")) == 12
+    assert sft.data.params["adapter.rank"] == "16"
+    assert len(client.get_metric_history(sft.info.run_id, "loss")) == 24
     [dataset] = sft.inputs.dataset_inputs
     [model] = sft.outputs.model_outputs
     assert [entry.model_id for entry in children["merge"].inputs.model_inputs] == [model.model_id]

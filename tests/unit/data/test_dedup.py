@@ -35,16 +35,20 @@ def test_unicode_forms_are_equal_and_case_is_a_choice() -> None:
 
 def test_roles_turns_and_labels_make_a_difference() -> None:
     one, two = Message("user", "a"), Message("assistant", "b")
-    other = Message("assistant", "a b")
+    shifted = (Message("user", "ab"), Message("assistant", "c"))
+    unshifted = (Message("user", "a"), Message("assistant", "bc"))
     rows: list[Row] = [
         Chat(id="1", file="a", row=1, messages=(one, two)),
         Chat(id="2", file="a", row=2, messages=(one, two, one, two)),
-        Chat(id="3", file="a", row=3, messages=(one, other)),
+        Chat(id="3", file="a", row=3, messages=(two, one, two)),
+        Chat(id="3a", file="a", row=3, messages=shifted),
+        Chat(id="3b", file="a", row=3, messages=unshifted),
+        Chat(id="3c", file="a", row=3, messages=(two, two)),
         KtoExample(id="4", file="a", row=4, prompt=(one,), completion=(two,), label=True),
         KtoExample(id="5", file="a", row=5, prompt=(one,), completion=(two,), label=False),
     ]
-    assert dropped(*rows[:3]) == {}
-    assert dropped(*rows[3:]) == {}
+    assert dropped(*rows[:-2]) == {}
+    assert dropped(*rows[-2:]) == {}
 
 
 TEXT = st.text("aAßẞéE\u0301\u017f\u0130\u0131 \u00a0\n\u0345", max_size=6)

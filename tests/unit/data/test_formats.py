@@ -95,6 +95,13 @@ def test_implicit_prompt_ends_before_the_replies_differ() -> None:
     assert [message.content for message in made.prompt] == ["Hi", "Hello", "More"]
 
 
+def test_implicit_prompt_never_ends_with_the_assistant() -> None:
+    more, other = ({"role": "user", "content": content} for content in ("More", "Other"))
+    made = row({"chosen": [USER, REPLY, more, REPLY], "rejected": [USER, REPLY, other, REPLY]})
+    assert made.prompt == turns(("user", "Hi"))
+    assert [message.content for message in made.chosen] == ["Hello", "More", "Hello"]
+
+
 @pytest.mark.parametrize(
     ("fields", "label"),
     [
@@ -215,7 +222,7 @@ def write(tmp_path: Path) -> Any:
 def test_columns_rename(write: Any) -> None:
     spec = write(
         {"question": "Hi", "answer": "Hello", "prompt": "ignored"},
-        {"question": "Hi"},
+        {"question": "Hi", "completion": "ignored"},
         columns={"prompt": "question", "completion": "answer"},
         on_bad_row="skip",
     )

@@ -77,6 +77,12 @@ def test_limits_and_order(tmp_path: Path) -> None:
     assert reordered.held_out(limit=5) == dataset.held_out(limit=5)
 
 
+def test_content_digest_is_about_content_alone() -> None:
+    one = Document(id="1", file="a", row=1, text="x")
+    assert content_digest(one) == content_digest(Document(id="2", file="b", row=2, text="x"))
+    assert content_digest(one) != content_digest(Document(id="1", file="a", row=1, text="y"))
+
+
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a prepared dataset"):
         PreparedDataset.open(tmp_path)

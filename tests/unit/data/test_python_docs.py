@@ -69,6 +69,7 @@ def test_exam_objects_are_in_no_training_row() -> None:
 def test_choices_cannot_be_guessed_without_reading() -> None:
     choices = python_docs.choices()
     answers = Counter(choice.answer for choice in choices)
+    assert set(answers) == {0, 1, 2, 3}
     assert max(answers.values()) - min(answers.values()) <= 1
     longest = sum(
         max(choice.choices, key=len) == choice.choices[choice.answer] for choice in choices

@@ -86,7 +86,7 @@ def test_parquet(here: Path) -> None:
 
 
 def test_markdown_and_wrapped_text_are_one_document(here: Path) -> None:
-    (here / "a.md").write_text("# Title\n\nText\n")
+    (here / "a.md").write_bytes(b"# Title\r\n\r\nText\r\n")
     (here / "poem.txt").write_text("Roses are red\nViolets are blue\n")
     (here / "long.txt").write_text(f"{'a' * 300}\n\n{'b' * 300}\n")
     assert texts(read(("a.md", "poem.txt", "long.txt"))) == [

@@ -163,7 +163,7 @@ def test_a_better_candidate_passes(compare):
     assert result.metrics["difference_quiz"] == check.difference
     assert result.metrics["low_quiz"] == check.low
     assert result.headline.startswith("pass: quiz +0.150 [+0.1")
-    assert result.headline.endswith("perplexity 27.1 -> 14.1")
+    assert result.headline.endswith("perplexity 26.8 -> 14.0")
 
 
 def test_a_worse_candidate_fails(compare):

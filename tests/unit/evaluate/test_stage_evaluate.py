@@ -106,7 +106,7 @@ def test_rows_without_one_right_text_are_not_scored(evaluate, tmp_path):
     ]
     dataset = write_rows(tmp_path / "pairs", "preferences", rows[:1], rows[1:])
     context, _ = evaluate(dataset)
-    warnings = [e for e in EventReader(context.stage_dir / "events.jsonl").read()]
+    warnings = list(EventReader(context.stage_dir / "events.jsonl").read())
     assert any(isinstance(event, Warn) and "no perplexity" in event.message for event in warnings)
     assert EvaluationResults.load(context.output).perplexity is None
 

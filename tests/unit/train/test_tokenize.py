@@ -105,7 +105,7 @@ def test_a_template_that_rewrites_earlier_answers_is_refused(
 ) -> None:
     tokenizer.chat_template = FORGETFUL
     thinking = chat(("1+1?", "<think>easy</think>2"), ("2+2?", "4"))
-    with pytest.raises(ModelError, match="turn 2 of 4.*generation"):
+    with pytest.raises(ModelError, match=r"turn 2 of 4.*generation"):
         encode_chat(tokenizer, thinking, 1000)
     assert "easy</think>2" in trained_text(
         tokenizer, encode_chat(tokenizer, thinking[:2], max_length=1000)
