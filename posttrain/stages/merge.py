@@ -14,7 +14,7 @@ from posttrain.train.processes import prepare_libraries
 from posttrain.train.rows import encode_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _MAX_LENGTH = 512
 """Tokens of a check prompt; the logits at its end depend on all of them."""
@@ -30,7 +30,16 @@ def main(context: StageContext[MergeConfig]) -> StageResult:
         DataError: no held-out row to check on.
         ModelError: not an adapter, or logits that differ by more than `max_logit_difference`.
     """
-    from posttrain.train.outputs import check_reload, final_logits, max_difference, save_model
+    import torch
+
+    from posttrain.train.outputs import (
+        cast_weights,
+        check_reload,
+        final_logits,
+        max_difference,
+        save_model,
+        stored_dtype,
+    )
 
     prepare_libraries()
     adapter, bound = context.input("model"), context.config.max_logit_difference
@@ -49,9 +58,11 @@ def main(context: StageContext[MergeConfig]) -> StageResult:
             f"{len(prompts)} prompts, and `max_logit_difference` is {bound:g}"
         )
     context.events.phase("saving and checking")
-    model = _as_stored(model, base)
+    # In its base's precision: merging makes no file bigger.
+    cast_weights(model, stored_dtype(base))
     save_model(model, tokenizer, context.output)
-    stored = final_logits(model.float(), prompts)
+    cast_weights(model, torch.float32)
+    stored = final_logits(model, prompts)
     check_reload(context.output, stored, prompts, bound)
     return _result(len(prompts), bound, difference, max_difference(merged, stored))
 
@@ -72,13 +83,6 @@ def _prompts(
     if not encodings.rows:
         raise DataError("the dataset has no held-out row on which the merged model can be checked")
     return [row.input_ids for row in encodings.rows]
-
-
-def _as_stored(model: PreTrainedModel, base: Path) -> PreTrainedModel:
-    """The model in its base's precision on disk: merging makes no file bigger."""
-    from posttrain.train.outputs import stored_dtype
-
-    return model.to(stored_dtype(base))
 
 
 def _result(prompts: int, bound: float, difference: float, rounding: float) -> StageResult:

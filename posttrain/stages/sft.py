@@ -127,14 +127,15 @@ def _load_model(context: StageContext[SftConfig]) -> PreTrainedModel:
 def _save(
     context: StageContext[SftConfig], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    from posttrain.train.outputs import save_adapter, save_model, stored_dtype
+    from posttrain.train.outputs import cast_weights, save_adapter, save_model, stored_dtype
 
     _say(context, "saving")
     base = context.input("model")
     if context.config.adapter is not None:
         save_adapter(model, tokenizer, context.output, base_digest=base.digest)
     else:
-        save_model(model.to(stored_dtype(base.path)), tokenizer, context.output)
+        cast_weights(model, stored_dtype(base.path))
+        save_model(model, tokenizer, context.output)
 
 
 def _say(context: StageContext[SftConfig], message: str) -> None:

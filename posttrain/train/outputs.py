@@ -50,6 +50,12 @@ def save_adapter(
     _make_reproducible(folder)
 
 
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Convert the parameters in place. Buffers stay: a rotary table in 16 bits is another model."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def stored_dtype(folder: Path | str) -> torch.dtype:
     """The precision that a model folder's config states; float32 if it states none."""
     import torch

@@ -60,6 +60,7 @@ class Tiny:
     folder: Path
     recipe: Path
     rows: Path
+    model: Path
     home: Path
 
 
@@ -93,7 +94,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Tiny:
     (tasks / "colours.yaml").write_text(TASK.format(items=items))
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=tiny_model, rows=rows, tasks=tasks))
-    return Tiny(folder, recipe, rows, folder / "home")
+    return Tiny(folder, recipe, rows, tiny_model, folder / "home")
 
 
 @pytest.fixture(scope="session")
