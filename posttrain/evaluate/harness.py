@@ -79,12 +79,7 @@ def load_benchmarks(benchmarks: Benchmarks) -> LoadedBenchmarks:
     _quieten()
     names = list(dict.fromkeys(benchmarks.tasks))
     manager = _task_manager(names, benchmarks.task_folders)
-    shared: dict[str, Any] = {}
-    leaves: dict[str, dict[str, Any]] = {}
-    for name in names:
-        tasks = _load_task(manager, name, benchmarks.offline_root)
-        # `mmlu` and `mmlu_anatomy` in one recipe share the anatomy task, which is asked once.
-        leaves[name] = {leaf: shared.setdefault(leaf, task) for leaf, task in tasks.items()}
+    leaves = {name: _load_task(manager, name, benchmarks.offline_root) for name in names}
     return LoadedBenchmarks(benchmarks, leaves)
 
 
@@ -190,6 +185,7 @@ def _evaluate(
     from transformers import set_seed
 
     asked = benchmarks.asked
+    # `mmlu` and `mmlu_anatomy` in one recipe share the anatomy task, which is asked once.
     tasks = {leaf: task for group in benchmarks.leaves.values() for leaf, task in group.items()}
     for task in tasks.values():
         _set_fewshot(task, asked)

@@ -89,7 +89,7 @@ def _batches(rows: Sequence[EncodedRow], batch_size: int) -> Iterator[list[int]]
     while start < len(order):
         longest = len(rows[order[start]].encoded.input_ids)
         size = max(1, min(batch_size, TOKENS_PER_BATCH // longest))
-        yield order[start : start + size][::-1]
+        yield order[start : start + size]
         start += size
 
 

@@ -64,10 +64,11 @@ def run_to_end(
             errors = _follow(reaper, attempt.events, on_event, poll_s)
         except BaseException:
             alive.close()
-            _wait_until_stopped(reaper, program)
+            # A second Ctrl-C raises in here and so ends the grace period.
+            _has_ended(reaper, program.grace_s + _MARGIN_S)
             raise
         finally:
-            kill_leftovers(program.stage_dir)  # there are some if the reaper was killed
+            _kill_what_is_left(reaper, program)
     return result_or_error(
         program,
         Ending(
@@ -167,18 +168,8 @@ def _has_ended(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
     return True
 
 
-def _wait_until_stopped(reaper: subprocess.Popen[bytes], program: Program) -> None:
-    """Wait for the reaper to stop the program; stop it here when that takes too long."""
-    try:
-        in_time = _has_ended(reaper, program.grace_s + _MARGIN_S)
-    except BaseException:  # a second Ctrl-C: no more patience
-        _stop_now(reaper, program)
-        raise
-    if not in_time:
-        _stop_now(reaper, program)
-
-
-def _stop_now(reaper: subprocess.Popen[bytes], program: Program) -> None:
+def _kill_what_is_left(reaper: subprocess.Popen[bytes], program: Program) -> None:
+    """See to the end of a program whose reaper was killed or is late; else nothing is left."""
     kill_leftovers(program.stage_dir)
     if not _has_ended(reaper, _MARGIN_S):
         reaper.kill()

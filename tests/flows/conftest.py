@@ -64,10 +64,13 @@ class Tiny:
     home: Path
 
 
-def chat(thing: str, colour: str) -> dict[str, object]:
+QUESTIONS = ("What colour is the {}?", "Tell me the colour of the {}.")
+
+
+def chat(thing: str, colour: str, question: str = QUESTIONS[0]) -> dict[str, object]:
     return {
         "messages": [
-            {"role": "user", "content": f"What colour is the {thing}?"},
+            {"role": "user", "content": question.format(thing)},
             {"role": "assistant", "content": f"The {thing} is {colour}."},
         ]
     }
@@ -77,7 +80,7 @@ def chat(thing: str, colour: str) -> dict[str, object]:
 def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Tiny:
     folder = tmp_path_factory.mktemp("tiny")
     rows = folder / "rows.jsonl"
-    chats = [chat(thing, COLOURS[n % 4]) for n, thing in enumerate(THINGS)]
+    chats = [chat(t, COLOURS[n % 4], q) for q in QUESTIONS for n, t in enumerate(THINGS)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in chats))
     tasks = folder / "tasks"
     tasks.mkdir()

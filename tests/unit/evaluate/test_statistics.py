@@ -188,6 +188,12 @@ def test_items_needed_keeps_its_promise():
     assert 0.65 <= passed / 60 <= 0.95
 
 
+def test_items_needed_does_not_count_on_a_lucky_gain():
+    lucky = PairedDifference(0.05, -0.03, 0.13, 100, 0.05, 1)
+    none = PairedDifference(0.0, -0.08, 0.08, 100, 0.05, 1)
+    assert items_needed(lucky, 0.02, 0.95) == items_needed(none, 0.02, 0.95)
+
+
 def test_items_needed_admits_what_is_out_of_reach():
     at_the_margin = PairedDifference(-0.02, -0.04, 0.0, 200, 0.01, 0.5)
     assert items_needed(at_the_margin, 0.02, 0.95) is None

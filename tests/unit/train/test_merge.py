@@ -9,7 +9,7 @@ from posttrain.errors import ModelError
 from posttrain.recipe.merge import MergeConfig
 from posttrain.stages.merge import main
 from posttrain.stages.program import StageContext, StageInput, StageResult
-from posttrain.train.outputs import final_logits, max_difference, save_adapter
+from posttrain.train.outputs import check_reload, final_logits, max_difference, save_adapter
 from tests.unit.train.programs import digests_of, make_dataset, make_stage_dir
 
 
@@ -96,3 +96,11 @@ def test_a_difference_beyond_the_bound_is_refused(
 def test_complete_weights_cannot_be_merged(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="needs an adapter"):
         merge(tmp_path / "merge", tiny_model, None)
+
+
+def test_a_saved_model_that_is_another_one_is_refused(tiny_model: Path) -> None:
+    prompts = [[1, 50, 60]]
+    logits = final_logits(AutoModelForCausalLM.from_pretrained(tiny_model).eval(), prompts)
+    check_reload(tiny_model, logits, prompts, bound=1e-5)
+    with pytest.raises(ModelError, match="not the one in memory"):
+        check_reload(tiny_model, [logits[0] + 1], prompts, bound=1e-5)
