@@ -42,7 +42,7 @@ def evaluate_model(
     except ModelError as error:
         raise UsageError(str(error)) from error
     recipe = Recipe(name="evaluate", model=model, stages=(config,))
-    pipeline = build_pipeline(recipe, reference, {})
+    pipeline = build_pipeline(recipe, reference, {}, store.digests)
     done: dict[str, Artifact] = {}
     for step in pipeline.steps:
         done[step.name] = run_step(pipeline.bind(step, done), store, observer).artifact

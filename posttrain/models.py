@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,8 +44,6 @@ def load_causal_lm(model: StageInput, dtype: ResolvedDType) -> PreTrainedModel:
     weights = model.base if model.kind == "adapter" else model.path
     if weights is None:
         raise ModelError(f"{model.path}: an adapter without the model it was trained on")
-    # Loading rows of bars into a log helps nobody.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             weights, dtype=getattr(torch, dtype), use_safetensors=True

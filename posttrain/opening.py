@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from posttrain.benchmarks import OUR_TASKS
 from posttrain.errors import DataError, ModelError, Problem, RecipeError
 from posttrain.model_reference import ModelReference, resolve_model
 from posttrain.models import has_chat_template
@@ -12,8 +13,6 @@ from posttrain.pipeline import Pipeline, Rows, build_pipeline
 from posttrain.recipe import EvaluateConfig, Recipe, RowFamily, SftConfig
 from posttrain.recipe.load import load_recipe
 from posttrain.store import Store
-
-PYTHON_DOCS_TASKS = ("python_docs_held_out", "python_docs_trained")
 
 
 def open_pipeline(file: Path, overrides: Sequence[str], store: Store) -> Pipeline:
@@ -28,7 +27,7 @@ def open_pipeline(file: Path, overrides: Sequence[str], store: Store) -> Pipelin
     rows = _open_datasets(recipe, store, problems)
     problems += _benchmark_problems(recipe)
     try:
-        pipeline = build_pipeline(recipe, model, rows, str(file))
+        pipeline = build_pipeline(recipe, model, rows, store.digests, str(file))
     except RecipeError as error:
         problems += error.problems
     if problems:
@@ -94,7 +93,7 @@ def _benchmark_problems(recipe: Recipe) -> list[Problem]:
     for position, stage in enumerate(recipe.stages):
         if not isinstance(stage, EvaluateConfig):
             continue
-        ours = [task for task in stage.tasks if task in PYTHON_DOCS_TASKS]
+        ours = [task for task in stage.tasks if task in OUR_TASKS]
         dataset = stage.dataset or (trained[-1] if trained else None)
         if ours and dataset not in built_in:
             problems.append(

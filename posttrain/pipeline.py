@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from posttrain.benchmarks import Benchmarks, identify_benchmarks
 from posttrain.errors import Problem, RecipeError
 from posttrain.hardware import resolve_dtype
 from posttrain.model_reference import ModelReference
@@ -30,6 +31,7 @@ from posttrain.recipe import (
 from posttrain.recipe.base import ArtifactKind
 from posttrain.stages.program import StageInput, StageJob
 from posttrain.store import Artifact, InputRecord
+from posttrain.store.digests import DigestCache
 from posttrain.store.fingerprint import canonical_json, combine, stage_fingerprint
 
 
@@ -57,7 +59,10 @@ class Output:
     kind: ArtifactKind
 
 
-Input = ModelReference | Rows | Output
+Source = Artifact | ModelReference | Rows | Benchmarks
+"""What an input turns out to be."""
+
+Input = ModelReference | Rows | Benchmarks | Output
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class BoundStep:
     recipe: str
     fingerprint: str
     inputs: dict[str, InputRecord]
-    sources: dict[str, Artifact | ModelReference | Rows]
+    sources: dict[str, Source]
     bases: dict[str, Artifact | ModelReference]
     """For each input that is an adapter: the model it was trained on."""
 
@@ -142,7 +147,7 @@ class Pipeline:
             done: artifacts by step name; must hold all that the step waits for.
         """
         records: dict[str, InputRecord] = {}
-        sources: dict[str, Artifact | ModelReference | Rows] = {}
+        sources: dict[str, Source] = {}
         bases: dict[str, Artifact | ModelReference] = {}
         for name, value in step.inputs.items():
             sources[name] = done[value.step] if isinstance(value, Output) else value
@@ -164,7 +169,11 @@ class Pipeline:
 
 
 def build_pipeline(
-    recipe: Recipe, model: ModelReference, rows: Mapping[str, Rows], file: str | None = None
+    recipe: Recipe,
+    model: ModelReference,
+    rows: Mapping[str, Rows],
+    digests: DigestCache,
+    file: str | None = None,
 ) -> Pipeline:
     """Lay out the steps of a recipe.
 
@@ -172,12 +181,13 @@ def build_pipeline(
         recipe: a validated recipe.
         model: its base model, resolved.
         rows: its datasets, with digests, by name.
+        digests: remembers digests of the files that benchmarks are read from.
         file: the recipe's file, for messages.
 
     Raises:
         RecipeError: stages that cannot follow each other, each with what to write instead.
     """
-    builder = _Builder(recipe, rows, model)
+    builder = _Builder(recipe, rows, model, digests)
     for position, config in enumerate(recipe.stages):
         builder.add_stage(position, config)
     if builder.problems:
@@ -190,6 +200,7 @@ class _Builder:
     recipe: Recipe
     rows: Mapping[str, Rows]
     base: Input
+    digests: DigestCache
     steps: list[Step] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     models: dict[str, Output] = field(default_factory=dict)
@@ -277,6 +288,8 @@ class _Builder:
             return
         config = config.model_copy(update={"dtype": resolve_dtype(config.dtype)})
         inputs: dict[str, Input] = {}
+        if config.tasks:
+            inputs["benchmarks"] = identify_benchmarks(config, self.digests)
         if name is not None:
             dataset = self._prepare(f"{where}.dataset", name)
             if dataset is None:
@@ -368,7 +381,7 @@ class _Builder:
         self.problems.append(Problem(where, message, fix))
 
 
-def _record(source: Artifact | ModelReference | Rows) -> InputRecord:
+def _record(source: Source) -> InputRecord:
     match source:
         case Artifact():
             return InputRecord(
@@ -382,6 +395,8 @@ def _record(source: Artifact | ModelReference | Rows) -> InputRecord:
             return InputRecord(
                 kind="source", digest=source.reading_digest, source=_rows_source(source)
             )
+        case Benchmarks():
+            return InputRecord(kind="source", digest=source.digest, source=", ".join(source.names))
 
 
 def _rows_source(rows: Rows) -> str:
@@ -395,11 +410,13 @@ def _model(value: Input) -> ModelReference:
     return value
 
 
-def _path(source: Artifact | ModelReference | Rows) -> str:
+def _path(source: Source) -> str:
     match source:
         case Artifact():
             return str(source.path)
         case ModelReference():
             return str(source.fetch())
+        case Benchmarks():
+            return ", ".join(source.names)
         case Rows():
             return _rows_source(source)

@@ -246,7 +246,7 @@ def _dataset_inputs(step: BoundStep) -> list[DatasetInput]:
         source = step.sources[name]
         if isinstance(source, Artifact) and source.kind != "dataset":
             continue
-        if record.kind == "model" or name == "weights":
+        if record.kind == "model" or name in ("weights", "benchmarks"):
             continue
         dataset = Dataset(
             name=source.manifest.name if isinstance(source, Artifact) else name,

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: a model small enough to train in seconds, and real data if given."""
+"""Fixtures shared by all tests: a model that trains in seconds, and real data if given."""
 
 from __future__ import annotations
 

@@ -109,6 +109,8 @@ def run_program(
     logging.basicConfig(
         level=context.job.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    # Progress goes to events.jsonl; bars in a log help nobody. Read by tqdm when it is imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     if context.rank == 0:
         _clear_leftovers(context)
     try:

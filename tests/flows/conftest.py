@@ -87,9 +87,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Tiny:
     items = tasks / "items.jsonl"
     items.write_text(
         "".join(
-            json.dumps(
-                {"question": f"The {thing} is", "choices": list(COLOURS), "answer": n % 4}
-            )
+            json.dumps({"question": f"The {thing} is", "choices": list(COLOURS), "answer": n % 4})
             + "\n"
             for n, thing in enumerate(THINGS)
         )

@@ -178,9 +178,7 @@ def test_a_reused_stage_links_the_run_that_made_it(ran: Tiny) -> None:
 
     client = mlflow.MlflowClient(Home(ran.home).tracking_uri)
     experiment = client.get_experiment_by_name("tiny")
-    runs = client.search_runs(
-        [experiment.experiment_id], "tags.`posttrain.reused.sft` LIKE '%'"
-    )
+    runs = client.search_runs([experiment.experiment_id], "tags.`posttrain.reused.sft` LIKE '%'")
     assert runs
     made_by = client.get_run(runs[0].data.tags["posttrain.reused.sft"])
     assert made_by.info.run_name == "sft"

@@ -93,7 +93,9 @@ def test_a_deployed_schedule_fires_every_minute(
     try:
         completed = {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}
         [run, *_] = wait_for(
-            lambda: post(f"{api}/flow_runs/filter", {"flow_runs": completed}), 180, "a scheduled run"
+            lambda: post(f"{api}/flow_runs/filter", {"flow_runs": completed}),
+            180,
+            "a scheduled run",
         )
     finally:
         worker.terminate()

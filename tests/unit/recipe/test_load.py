@@ -139,7 +139,7 @@ def test_all_mistakes_stand_in_one_report(tmp_path: Path) -> None:
 def test_a_key_written_twice_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(GOOD + "name: another\n")
-    with pytest.raises(RecipeError, match="line 15, column 1: .*`name` is written twice"):
+    with pytest.raises(RecipeError, match=r"line 15, column 1: .*`name` is written twice"):
         load_recipe(file)
 
 

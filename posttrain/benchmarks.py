@@ -1,0 +1,47 @@
+"""Which questions an evaluation asks, as a digest: edited questions are other questions."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from posttrain.recipe import EvaluateConfig
+from posttrain.store.digests import DigestCache
+from posttrain.store.fingerprint import combine, files_digest
+
+OUR_TASKS = ("python_docs_held_out", "python_docs_trained")
+"""Tasks over the built-in source, which ask about the objects of a prepared dataset."""
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """Everything besides a model and a dataset that an evaluation's numbers depend on."""
+
+    names: tuple[str, ...]
+    digest: str
+
+
+def identify_benchmarks(config: EvaluateConfig, digests: DigestCache) -> Benchmarks:
+    """Digest of lm-eval's version, of the user's task folders and of the offline root.
+
+    Benchmarks read from the Hub are pinned by lm-eval's own task definitions, no closer: their
+    repositories' commits are not in the digest.
+    """
+    parts = [metadata.version("lm-eval")]
+    folders = [*config.task_folders, *([config.offline_root] if config.offline_root else [])]
+    parts += [_folder_digest(Path(folder), digests) for folder in folders]
+    if any(task in OUR_TASKS for task in config.tasks):
+        from posttrain.data.python_docs import generator_digest
+
+        parts += [generator_digest(), sys.version]
+    return Benchmarks(config.tasks, combine(*parts))
+
+
+def _folder_digest(folder: Path, digests: DigestCache) -> str:
+    return files_digest(
+        (path.relative_to(folder).as_posix(), digests.file_digest(path))
+        for path in folder.rglob("*")
+        if path.is_file()
+    )
