@@ -10,7 +10,7 @@ from typing import Literal
 
 from posttrain.events import Event
 from posttrain.hardware import describe
-from posttrain.launch import LocalLauncher, Program, kill_leftovers
+from posttrain.launch import LocalLauncher, Program
 from posttrain.pipeline import BoundStep
 from posttrain.recipe import SftConfig, result_config
 from posttrain.stages.program import StageResult
@@ -137,8 +137,6 @@ def _work(
 ) -> Outcome:
     begin = time.monotonic()
     work = store.work_folder(step.fingerprint)
-    # Left only if the launcher and its parent were both killed: the lock is free, they are not.
-    kill_leftovers(work)
     write_json(work / "stage.json", step.job(log_level).model_dump(mode="json"))
     observer.started(step)
     try:

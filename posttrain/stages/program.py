@@ -8,6 +8,7 @@
     events.jsonl   progress                                       appended by the program
     result.json    metrics and a headline; its presence = done    written last by the program
     log.txt        everything the program printed                 written by the launcher
+    status.json    how the program ended                          written by the launcher
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,23 @@ from tests.unit.train.programs import (
     start,
 )
 
-# 60 steps of about 20 ms, a checkpoint every fourth, all three epochs' worth of dropout.
+# 60 steps of about 20 ms and a checkpoint every fourth, so that a kill falls between two.
 LONG = {"epochs": 20, "validation": {"every_steps": 4, "patience": None}}
+
+
+@pytest.fixture
+def start_sft() -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
+    """Starts programs, and leaves none behind when the test fails."""
+    programs: list[subprocess.Popen[bytes]] = []
+
+    def start_and_remember(stage_dir: Path) -> subprocess.Popen[bytes]:
+        programs.append(start("sft", stage_dir))
+        return programs[-1]
+
+    yield start_and_remember
+    for program in programs:
+        program.kill()
+        program.wait()
 
 
 def wait_for_step(program: subprocess.Popen[bytes], stage_dir: Path, step: int) -> None:
@@ -35,21 +51,21 @@ def wait_for_step(program: subprocess.Popen[bytes], stage_dir: Path, step: int) 
 
 
 def test_a_run_killed_and_later_stopped_ends_in_the_bytes_of_an_uninterrupted_one(
-    tiny_model: Path, tmp_path: Path
+    tiny_model: Path, tmp_path: Path, start_sft: Callable[[Path], subprocess.Popen[bytes]]
 ) -> None:
     dataset = make_dataset(tmp_path / "data")
     whole = sft_stage_dir(tmp_path / "whole", tiny_model, dataset, **LONG)
     broken = sft_stage_dir(tmp_path / "broken", tiny_model, dataset, **LONG)
-    uninterrupted = start("sft", whole)
+    uninterrupted = start_sft(whole)
 
-    first = start("sft", broken)
+    first = start_sft(broken)
     wait_for_step(first, broken, 10)
     first.kill()
     assert first.wait() == -signal.SIGKILL
     assert read_result(broken) is None
     reached = max(event.done for event in progress_of(broken))
 
-    second = start("sft", broken)
+    second = start_sft(broken)
     wait_for_step(second, broken, reached + 10)
     second.terminate()
     assert second.wait(timeout=60) == 143

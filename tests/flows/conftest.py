@@ -13,7 +13,8 @@ import pytest
 COLOURS = ("blue", "red", "green", "white")
 THINGS = ("door", "boat", "lamp", "coat", "kite", "vase", "shoe", "drum", "leaf", "bell",
           "cart", "desk", "fork", "gate", "hook", "jar", "knot", "lock", "mask", "nest",
-          "oar", "pipe", "quilt", "rope", "sail", "tent", "urn", "veil", "wall", "yarn")  # fmt: skip
+          "oar", "pipe", "quilt", "rope", "sail", "tent", "urn", "veil", "wall",
+          "yarn")  # fmt: skip
 
 RECIPE = """\
 name: tiny
