@@ -5,7 +5,7 @@ LOCK   ?= requirements.lock
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock quickstart test lint test-slow clean
+.PHONY: help install lock quickstart test lint test-slow proof-quickstart clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -48,6 +48,9 @@ lint: install
 
 test-slow: install  ## Tests that take minutes.
 	$(BIN)/python -m pytest -m slow
+
+proof-quickstart: install  ## Time the quickstart, cold and cached; the last line is JSON.
+	@$(BIN)/python benchmarks/quickstart.py
 
 clean:  ## Remove the environment and all results.
 	rm -rf .venv .posttrain

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from posttrain.store import Artifact
 
 EXIT_GATE_SAID_NO = 3
+EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="posttrain",
@@ -59,9 +62,6 @@ def main() -> NoReturn:
     except PosttrainError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201  # the command line's own voice
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped; the next run goes on from here", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
     sys.exit(0)
 
 
@@ -101,7 +101,8 @@ def run(
         console.print("Nothing to do: every stage is in the store.", style="bold")
         _record_reuse(pipeline, plan)
     else:
-        _run_flow(recipe, overrides, from_stage, console, keeper, verbose)
+        with _ctrl_c_is_no_accident():
+            _run_flow(recipe, overrides, from_stage, console, keeper, verbose)
         plan = _plan(pipeline, None)
     artifacts = {**plan.artifacts(), **{n: o.artifact for n, o in keeper.outcomes.items()}}
     if as_json:
@@ -171,14 +172,15 @@ def evaluate(
     from posttrain.home import Home
 
     console = _console(stderr=as_json)
-    results, artifact = evaluate_model(
-        model,
-        tuple(name.strip() for name in tasks.split(",") if name.strip()),
-        offline_root=str(offline_root) if offline_root else None,
-        limit=limit,
-        store=Home.find().store,
-        observer=show.observer(console),
-    )
+    with _ctrl_c_is_no_accident():
+        results, artifact = evaluate_model(
+            model,
+            tuple(name.strip() for name in tasks.split(",") if name.strip()),
+            offline_root=str(offline_root) if offline_root else None,
+            limit=limit,
+            store=Home.find().store,
+            observer=show.observer(console),
+        )
     if as_json:
         _print_json({**results.model_dump(mode="json"), "path": str(artifact.path)})
     else:
@@ -269,6 +271,16 @@ def store_gc(
         typer.echo(f"freed {collect(store, garbage) / 1e6:.1f} MB")
 
 
+@contextmanager
+def _ctrl_c_is_no_accident() -> Iterator[None]:
+    """Say what a person who stopped a run wants to know."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("stopped; the next run goes on from here", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
 def _open(recipe: Path, overrides: list[str] | None, from_stage: str | None = None) -> Pipeline:
     from posttrain.errors import UsageError
     from posttrain.home import Home
@@ -343,7 +355,9 @@ def _summary(
 def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    console = Console(stderr=stderr, highlight=False)
+    # A file or a pipe has no width; eighty columns would break every line of numbers.
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=120)
 
 
 def _print_json(value: object) -> None:

@@ -227,7 +227,7 @@ def _evaluations(
 def _number_table(base: Artifact, candidate: Artifact) -> Table:
     before, after = EvaluationResults.load(base.path), EvaluationResults.load(candidate.path)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("measured on held-out items")
+    table.add_column("measured")
     for column in ("items", "base", "tuned"):
         table.add_column(column, justify="right")
     tuned = {task.task: task for task in after.tasks}

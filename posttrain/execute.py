@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from posttrain.events import Event
-from posttrain.hardware import describe
+from posttrain.hardware import allocator_settings, describe
 from posttrain.launch import LocalLauncher, Program
 from posttrain.pipeline import BoundStep
 from posttrain.recipe import SftConfig, result_config
@@ -144,7 +145,9 @@ def _work(
             module=f"posttrain.stages.{step.step.stage}",
             stage_dir=work,
             num_processes=_num_processes(step),
+            env={k: v for k, v in allocator_settings().items() if k not in os.environ},
             keep_fds=(lock,),
+            name=step.step.name,
         )
         result = LocalLauncher().run(program, lambda event: observer.event(step, event))
         seconds = time.monotonic() - begin

