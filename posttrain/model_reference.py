@@ -38,14 +38,14 @@ class ModelReference:
         if self.kind != "hub":
             return Path(self.location)
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
         patterns = [*_WEIGHTS, *_CONFIGURATION]
         try:
             folder = snapshot_download(
                 self.location, revision=self.revision, allow_patterns=patterns
             )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except (HTTPError, LocalEntryNotFoundError, OSError) as error:
             raise ModelError(
                 f"{self.location}@{self.revision}: download failed: {error}"
             ) from error
@@ -124,7 +124,7 @@ def _hub(repo: str, revision: str | None) -> ModelReference:
 
 def _commit(repo: str, revision: str) -> str:
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
     from huggingface_hub.file_download import repo_folder_name
 
     if re.fullmatch(r"[0-9a-f]{40}", revision):
@@ -137,7 +137,7 @@ def _commit(repo: str, revision: str) -> str:
             return commit
     except HfHubHTTPError as error:
         raise ModelError(f"{repo}@{revision}: the Hub refuses it: {error}") from error
-    except (OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
         if not reference.exists():
             raise ModelError(
                 f"{repo}: there is no folder of this name, and the Hub cannot be reached "

@@ -100,7 +100,7 @@ def pin_revision(spec: DatasetSpec) -> DatasetSpec:
             "download all but one and name their files"
         )
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     name = hub[0].removeprefix(HUB)
     try:
@@ -110,7 +110,7 @@ def pin_revision(spec: DatasetSpec) -> DatasetSpec:
             f"{hub[0]}: cannot be pinned to a commit while HF_HUB_OFFLINE is set; unset it, or "
             "write the 40-digit commit as `revision`"
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(
             f"{hub[0]}: the Hub gave no commit for it ({reason}); check the name and the network, "

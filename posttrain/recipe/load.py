@@ -56,7 +56,11 @@ def validate_recipe(
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        problems = [_problem(detail, lines) for detail in error.errors()]
+        details = error.errors()
+        # When its only stage is wrong, pydantic adds that no stage is left: nobody needs that.
+        if any(detail["loc"][:1] == ("stages",) and len(detail["loc"]) > 1 for detail in details):
+            details = [detail for detail in details if detail["loc"] != ("stages",)]
+        problems = [_problem(detail, lines) for detail in details]
         raise RecipeError(problems, file) from None
 
 

@@ -119,6 +119,14 @@ class SftConfig(StageConfig):
                 "launch.num_processes",
                 {"rows": rows, "processes": processes},
             )
+        micro = self.batching.micro_batch_size
+        if micro and (rows // processes) % min(micro, rows // processes):
+            raise PydanticCustomError(
+                "batch_size",
+                "{share} rows a step and process cannot be split into passes of {micro}: "
+                "batching.micro_batch_size must divide them",
+                {"share": rows // processes, "micro": micro},
+            )
         return self
 
     @property

@@ -138,22 +138,9 @@ def check_extra_args(names: Iterable[str], where: str = "extra_args") -> list[Pr
 
 
 def plan_schedule(config: SftConfig, rows: int, world_size: int) -> Schedule:
-    """Steps, evaluations and gradient accumulation for a number of training rows.
-
-    Raises:
-        RecipeError: the rows of a step cannot be split evenly over processes or passes.
-    """
+    """Steps, evaluations and gradient accumulation for a number of training rows."""
     batch_size = config.batching.batch_size
-    if batch_size % world_size:
-        message = f"{batch_size} rows a step cannot be split evenly over {world_size} processes"
-        fix = f"make it a multiple of {world_size}"
-        raise RecipeError([Problem("batching.batch_size", message, fix)])
     micro, per_process = config.micro_batch_size, batch_size // world_size
-    if per_process % micro:
-        divisors = [rows for rows in range(1, per_process + 1) if per_process % rows == 0]
-        message = f"{per_process} rows a step and process cannot be split evenly into {micro}"
-        fix = f"write one of {divisors}"
-        raise RecipeError([Problem("batching.micro_batch_size", message, fix)])
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(rows / batch_size))
     return Schedule(
         steps=steps,

@@ -129,7 +129,7 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "more processes than rows": (
         [{"sft": {"dataset": "chats", "batching": {"batch_size": 3},
                   "launch": {"num_processes": 2}}}],
-        "stages[0].sft (line 8): a batch of 3 rows on 2 processes: batch_size must be a multiple "
+        "stages[0].sft (line 9): a batch of 3 rows on 2 processes: batch_size must be a multiple "
         "of launch.num_processes",
     ),
 }  # fmt: skip
