@@ -13,6 +13,7 @@ from posttrain.home import Home
 from posttrain.opening import open_pipeline
 from posttrain.run import PipelineRun, stage_table_markdown, verdict_of
 from tasks import STAGE_TASKS
+from tasks.stage import untracked
 
 
 @flow(name="post-training", persist_result=False)
@@ -32,7 +33,7 @@ def post_training(
     pipeline = open_pipeline(Path(recipe), overrides or [], home.store)
     with PipelineRun(home, pipeline, from_stage, flow_run.id) as run:
         for step in pipeline.steps:
-            STAGE_TASKS[step.stage](step, run)
+            STAGE_TASKS[step.stage](step, run.inputs_of(step), untracked(run))
             if verdict_of(pipeline, run.artifacts) in ("fail", "not enough evidence"):
                 break
         create_markdown_artifact(stage_table_markdown(pipeline, run.outcomes), key="stages")

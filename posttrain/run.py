@@ -58,6 +58,10 @@ class PipelineRun:
         """Artifacts by step, as far as the run has come."""
         return {name: outcome.artifact for name, outcome in self.outcomes.items()}
 
+    def inputs_of(self, step: Step) -> list[Outcome]:
+        """Outcomes of the steps that this one takes something from."""
+        return [self.outcomes[name] for name in self.outcomes if name in step.waits_for()]
+
     def execute(self, step: Step, observers: Sequence[StageObserver] = ()) -> Outcome:
         """Reuse or run one step.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.events import Event, Progress, Values
 from posttrain.execute import Outcome, StageObserver
 from posttrain.home import Home
-from posttrain.pipeline import BoundStep, Pipeline
+from posttrain.pipeline import BoundStep, Pipeline, Rows, Source
 from posttrain.plan import flatten
 from posttrain.recipe import result_config
 from posttrain.store import Artifact
@@ -249,7 +249,7 @@ def _dataset_inputs(step: BoundStep) -> list[DatasetInput]:
         if record.kind == "model" or name in ("weights", "benchmarks"):
             continue
         dataset = Dataset(
-            name=source.manifest.name if isinstance(source, Artifact) else name,
+            name=_dataset_name(source, name),
             digest=record.digest[:_DIGEST_LENGTH],
             source_type="posttrain" if isinstance(source, Artifact) else "local",
             source=str(source.path) if isinstance(source, Artifact) else str(record.source),
@@ -257,6 +257,15 @@ def _dataset_inputs(step: BoundStep) -> list[DatasetInput]:
         tags = [InputTag("mlflow.data.context", name), InputTag("digest", record.digest)]
         found.append(DatasetInput(dataset, tags))
     return found
+
+
+def _dataset_name(source: Source, default: str) -> str:
+    """What the recipe calls the dataset, before and after it was prepared."""
+    if isinstance(source, Rows):
+        return source.name
+    if isinstance(source, Artifact):
+        return str(source.manifest.config.get("dataset", default))
+    return default
 
 
 _REPORT_SUFFIXES = (".json", ".md", ".html", ".png")

@@ -12,6 +12,6 @@ from tasks.stage import run_stage
 
 
 @task(name="convert", task_run_name="{step.name}", cache_policy=NO_CACHE, persist_result=False)
-def convert(step: Step, run: PipelineRun) -> State[Outcome]:
+def convert(step: Step, inputs: list[Outcome], run: PipelineRun) -> State[Outcome]:
     """Convert the base model's GGUF file to safetensors, once."""
-    return run_stage(step, run)
+    return run_stage(step, inputs, run)

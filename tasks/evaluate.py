@@ -12,6 +12,6 @@ from tasks.stage import run_stage
 
 
 @task(name="evaluate", task_run_name="{step.name}", cache_policy=NO_CACHE, persist_result=False)
-def evaluate(step: Step, run: PipelineRun) -> State[Outcome]:
+def evaluate(step: Step, inputs: list[Outcome], run: PipelineRun) -> State[Outcome]:
     """Measure a model item by item."""
-    return run_stage(step, run)
+    return run_stage(step, inputs, run)

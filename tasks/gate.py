@@ -12,6 +12,6 @@ from tasks.stage import run_stage
 
 
 @task(name="gate", task_run_name="{step.name}", cache_policy=NO_CACHE, persist_result=False)
-def gate(step: Step, run: PipelineRun) -> State[Outcome]:
+def gate(step: Step, inputs: list[Outcome], run: PipelineRun) -> State[Outcome]:
     """Decide, by paired statistics, whether the candidate may go on."""
-    return run_stage(step, run)
+    return run_stage(step, inputs, run)

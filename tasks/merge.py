@@ -12,6 +12,6 @@ from tasks.stage import run_stage
 
 
 @task(name="merge", task_run_name="{step.name}", cache_policy=NO_CACHE, persist_result=False)
-def merge(step: Step, run: PipelineRun) -> State[Outcome]:
+def merge(step: Step, inputs: list[Outcome], run: PipelineRun) -> State[Outcome]:
     """Fold an adapter into its base and prove that the logits stay."""
-    return run_stage(step, run)
+    return run_stage(step, inputs, run)

@@ -12,6 +12,6 @@ from tasks.stage import run_stage
 
 
 @task(name="preflight", task_run_name="{step.name}", cache_policy=NO_CACHE, persist_result=False)
-def preflight(step: Step, run: PipelineRun) -> State[Outcome]:
+def preflight(step: Step, inputs: list[Outcome], run: PipelineRun) -> State[Outcome]:
     """Check on a sample of rows that training will have something to learn."""
-    return run_stage(step, run)
+    return run_stage(step, inputs, run)

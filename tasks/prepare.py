@@ -12,6 +12,6 @@ from tasks.stage import run_stage
 
 
 @task(name="prepare", task_run_name="{step.name}", cache_policy=NO_CACHE, persist_result=False)
-def prepare(step: Step, run: PipelineRun) -> State[Outcome]:
+def prepare(step: Step, inputs: list[Outcome], run: PipelineRun) -> State[Outcome]:
     """Read, split, bound and deduplicate a dataset, with a ledger of every row."""
-    return run_stage(step, run)
+    return run_stage(step, inputs, run)

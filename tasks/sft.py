@@ -12,6 +12,6 @@ from tasks.stage import run_stage
 
 
 @task(name="sft", task_run_name="{step.name}", cache_policy=NO_CACHE, persist_result=False)
-def sft(step: Step, run: PipelineRun) -> State[Outcome]:
+def sft(step: Step, inputs: list[Outcome], run: PipelineRun) -> State[Outcome]:
     """Fine-tune on the assistant's turns of chats, by an adapter or over all weights."""
-    return run_stage(step, run)
+    return run_stage(step, inputs, run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import cast
 
 from prefect import State
 from prefect.artifacts import (
@@ -13,6 +14,7 @@ from prefect.artifacts import (
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 from prefect.states import Completed
+from prefect.utilities.annotations import quote
 
 from posttrain.events import Event, Failure, Phase, Progress, Warn, describe_progress
 from posttrain.execute import Outcome, StageObserver
@@ -23,12 +25,24 @@ _SECONDS_BETWEEN_LOGS = 5.0
 """Prefect's database is no place for a line a step; the full log is a file."""
 
 
-def run_stage(step: Step, run: PipelineRun) -> State[Outcome]:
+def untracked(run: PipelineRun) -> PipelineRun:
+    """The run, hidden from Prefect's search of arguments for results of other tasks.
+
+    A run holds all outcomes so far; Prefect would draw an edge from every earlier stage.
+    """
+    return cast(PipelineRun, quote(run))
+
+
+def run_stage(step: Step, inputs: list[Outcome], run: PipelineRun) -> State[Outcome]:
     """Run or reuse one step; the returned state's name says which.
+
+    `inputs` are the outcomes that the step takes, for Prefect to draw the graph by; the run knows
+    them as well.
 
     Prefect's own result cache is not used: it pickles results and never looks at what a stage
     left on disk. The store does both jobs, so a hit is a state of ours.
     """
+    del inputs
     outcome = run.execute(step, [FlowObserver()])
     headline = outcome.artifact.manifest.headline
     _keep_report(outcome)
