@@ -251,7 +251,7 @@ def _show_samples(console: Console, base: Artifact, candidate: Artifact) -> None
     before, after = (_samples(artifact.path) for artifact in (base, candidate))
     for old, new in zip(before, after, strict=False):
         console.print()
-        console.print(Text(f"> {old['prompt']}", style="bold"))
+        console.print(Text(f"> {_one_line(old['prompt'])}", style="bold"))
         console.print(Text(f"  before: {_one_line(old['answer'])}"))
         console.print(Text(f"  after:  {_one_line(new['answer'])}"))
 

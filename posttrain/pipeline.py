@@ -192,7 +192,21 @@ def build_pipeline(
         builder.add_stage(position, config)
     if builder.problems:
         raise RecipeError(builder.problems, file)
-    return Pipeline(recipe, tuple(builder.steps))
+    return Pipeline(recipe, _cheap_mistakes_first(builder.steps))
+
+
+def _cheap_mistakes_first(steps: list[Step]) -> tuple[Step, ...]:
+    """Everything that needs no training goes before the training, in an order that can run.
+
+    A bad row, a misspelt benchmark or one that cannot be reached is then found in minutes, by
+    `prepare` and by the evaluation of the base, and not after a night of training.
+    """
+    early: set[str] = set()
+    for step in steps:
+        if not isinstance(step.config, SftConfig) and step.waits_for() <= early:
+            early.add(step.name)
+    first = [step for step in steps if step.name in early]
+    return (*first, *(step for step in steps if step.name not in early))
 
 
 @dataclass
@@ -238,12 +252,13 @@ class _Builder:
     # One method a stage kind
 
     def _add_preflight(self, config: SftConfig) -> None:
-        check = PreflightConfig(max_length=config.batching.max_length)
-        name = "preflight"
+        check = PreflightConfig(
+            max_length=config.batching.max_length, extra_args=tuple(config.extra_args)
+        )
         if any(step.config == check and step.inputs["rows"] == self.rows[config.dataset]
                for step in self.steps if step.stage == "preflight"):  # fmt: skip
             return
-        self._add(name, check, {"model": self.base, "rows": self.rows[config.dataset]})
+        self._add("preflight", check, {"model": self.base, "rows": self.rows[config.dataset]})
 
     def _add_prepare(self, where: str, config: PrepareConfig) -> None:
         rows = self._dataset(f"{where}.dataset", config.dataset)
@@ -295,10 +310,11 @@ class _Builder:
             if dataset is None:
                 return
             inputs["dataset"] = dataset
-        base = self._add("evaluate", config, {"model": self.base, **inputs}, suffix="base")
         if candidate == self.base:
+            base = self._add("evaluate", config, {"model": self.base, **inputs})
             self.evaluated = (base, base)
             return
+        base = self._add("evaluate", config, {"model": self.base, **inputs}, suffix="base")
         self.evaluated = (base, self._add("evaluate", config, {"model": candidate, **inputs}))
 
     def _add_gate(self, where: str, config: GateConfig) -> None:

@@ -17,5 +17,7 @@ class PreflightConfig(StageConfig):
     stage: Literal["preflight"] = "preflight"
     max_length: Annotated[int, Field(ge=8)]
     """The training stage's longest sequence, in tokens."""
+    extra_args: tuple[str, ...] = ()
+    """Names under the training stage's `extra_args`."""
     sample_rows: Annotated[int, Field(ge=1)] = 64
     """Rows read from the start of the dataset."""

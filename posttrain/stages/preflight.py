@@ -7,7 +7,7 @@ from itertools import islice
 from posttrain.data.formats import read_rows
 from posttrain.data.records import BadRecord
 from posttrain.data.rows import Row
-from posttrain.errors import DataError
+from posttrain.errors import DataError, RecipeError
 from posttrain.models import load_tokenizer
 from posttrain.recipe.datasets import DatasetSpec
 from posttrain.recipe.preflight import PreflightConfig
@@ -22,10 +22,12 @@ def main(context: StageContext[PreflightConfig]) -> StageResult:
     Inputs: `model`, a model folder of which only the tokenizer is loaded, and `rows`, a source.
 
     Raises:
+        RecipeError: a name under `extra_args` is refused.
         DataError: no row can be read, or none has a token that would be trained on.
         ModelError: the rows are chats and the model's chat template is missing or cannot write
             them.
     """
+    _check_extra_args(context.config.extra_args)
     rows = _sample(context.input("rows"), context.config.sample_rows)
     tokenizer = load_tokenizer(context.input("model"))
     encodings = encode_rows(tokenizer, rows, context.config.max_length)
@@ -52,6 +54,16 @@ def main(context: StageContext[PreflightConfig]) -> StageResult:
         headline=_headline(len(rows), encodings),
         metrics={key: float(value) for key, value in report.items()},
     )
+
+
+def _check_extra_args(names: tuple[str, ...]) -> None:
+    if not names:
+        return
+    from posttrain.train.arguments import check_extra_args
+
+    problems = check_extra_args(names)
+    if problems:
+        raise RecipeError(problems)
 
 
 def _sample(rows: StageInput, count: int) -> list[Row]:

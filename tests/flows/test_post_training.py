@@ -15,7 +15,7 @@ from posttrain.plan import make_plan
 from posttrain.store import Store
 from tests.flows.conftest import Tiny, chat
 
-ALL = ["preflight", "prepare", "sft", "merge", "evaluate-base", "evaluate", "gate"]
+ALL = ["preflight", "prepare", "evaluate-base", "sft", "merge", "evaluate", "gate"]
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def open_recipe(tmp_path: Path, tiny_model: Path) -> Any:
 def test_what_a_recipe_leaves_unsaid_is_added(open_recipe: Any) -> None:
     pipeline = open_recipe({"sft": {"dataset": "chats"}}, "merge", "evaluate", "gate")
     assert [step.name for step in pipeline.steps] == [
-        *("preflight", "prepare-chats", "sft", "merge", "evaluate-base", "evaluate", "gate")
+        *("preflight", "prepare-chats", "evaluate-base", "sft", "merge", "evaluate", "gate")
     ]
 
 

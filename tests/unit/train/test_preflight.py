@@ -1,10 +1,11 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from posttrain.errors import DataError, ModelError
+from posttrain.errors import DataError, ModelError, RecipeError
 from posttrain.recipe.preflight import PreflightConfig
 from posttrain.stages.preflight import main
 from posttrain.stages.program import StageContext, StageInput, StageResult
@@ -12,7 +13,11 @@ from tests.unit.train.programs import make_stage_dir
 
 
 def preflight(
-    folder: Path, model: Path, source: Path, max_length: int = 64
+    folder: Path,
+    model: Path,
+    source: Path,
+    max_length: int = 64,
+    extra_args: Sequence[str] = (),
 ) -> tuple[Path, StageResult]:
     inputs = {
         "model": StageInput(kind="model", path=str(model), digest="m"),
@@ -20,7 +25,8 @@ def preflight(
             kind="source", path=str(source), digest="r", spec={"source": str(source)}
         ),
     }
-    stage_dir = make_stage_dir(folder, "preflight", {"max_length": max_length}, inputs)
+    config = {"max_length": max_length, "extra_args": list(extra_args)}
+    stage_dir = make_stage_dir(folder, "preflight", config, inputs)
     context = StageContext(stage_dir, PreflightConfig)
     context.output.mkdir()
     return stage_dir, main(context)
@@ -74,3 +80,11 @@ def test_rows_that_train_nothing_are_refused(tiny_model: Path, tmp_path: Path) -
     source = write_rows(tmp_path / "rows.jsonl", "yes", "no")
     with pytest.raises(DataError, match="none of the first 2 rows"):
         preflight(tmp_path / "stage", tmp_path / "empty", source)
+
+
+def test_a_misspelt_training_argument_is_found_before_training(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", "yes", "no")
+    with pytest.raises(RecipeError, match="did you mean `neftune_noise_alpha`"):
+        preflight(tmp_path / "stage", tiny_model, source, extra_args=["neftune_noise_alfa"])
