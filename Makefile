@@ -29,7 +29,8 @@ lock:  ## Resolve the dependencies again and write both locks (takes a quarter o
 	.lock-venv/bin/python -m pip install --quiet --no-deps "$$(sed -nE 's/^quickstart = \["(.*)"\]/\1/p' pyproject.toml)"
 	.lock-venv/bin/python -m pip freeze --all --exclude-editable --exclude pip \
 	  | sed -E 's/^(torch==[0-9.]+)\+cpu/\1/' | sort -f > requirements.lock
-	.lock-venv/bin/python -m pip install --quiet --dry-run --ignore-installed --isolated \
+	env -u PIP_FIND_LINKS PIP_CONFIG_FILE=/dev/null \
+	  .lock-venv/bin/python -m pip install --quiet --dry-run --ignore-installed \
 	  --report .lock-venv/cuda.json "$$(grep '^torch==' requirements.lock)"
 	$(PYTHON) .ci/cuda_lock.py .lock-venv/cuda.json requirements.lock requirements-cuda.lock
 	rm -rf .lock-venv

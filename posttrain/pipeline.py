@@ -252,13 +252,13 @@ class _Builder:
     # One method a stage kind
 
     def _add_preflight(self, config: SftConfig) -> None:
+        """Check the rows of a training stage against the base, once for equal checks."""
         check = PreflightConfig(
             max_length=config.batching.max_length, extra_args=tuple(config.extra_args)
         )
-        if any(step.config == check and step.inputs["rows"] == self.rows[config.dataset]
-               for step in self.steps if step.stage == "preflight"):  # fmt: skip
-            return
-        self._add("preflight", check, {"model": self.base, "rows": self.rows[config.dataset]})
+        inputs = {"model": self.base, "rows": self.rows[config.dataset]}
+        if not any((step.config, step.inputs) == (check, inputs) for step in self.steps):
+            self._add("preflight", check, inputs)
 
     def _add_prepare(self, where: str, config: PrepareConfig) -> None:
         rows = self._dataset(f"{where}.dataset", config.dataset)
@@ -285,9 +285,9 @@ class _Builder:
     def _add_merge(self, where: str, config: MergeConfig) -> None:
         model = self._model(f"{where}.model", config.model)
         if not (isinstance(model, Output) and model.kind == "adapter"):
-            before = f"`{model.step}` leaves all weights" if isinstance(model, Output) else (
-                "no stage before it trains an adapter"
-            )  # fmt: skip
+            before = "no stage before it trains an adapter"
+            if isinstance(model, Output):
+                before = f"`{model.step}` leaves all weights"
             self._problem(where, f"there is nothing to merge: {before}", "remove this stage")
             return
         dataset = self.trained_on[model.step]
@@ -360,11 +360,10 @@ class _Builder:
             rows = self._dataset(where, dataset)
             if rows is None:
                 return None
-            later = [c for c in self.recipe.stages
-                     if isinstance(c, PrepareConfig) and c.dataset == dataset]  # fmt: skip
-            if later:
-                fix = "move that stage up"
-                self._problem(where, f"`{dataset}` is prepared by a later stage", fix)
+            for stage in self.recipe.stages:
+                if isinstance(stage, PrepareConfig) and stage.dataset == dataset:
+                    message = f"`{dataset}` is prepared by a later stage"
+                    self._problem(where, message, "move that stage up")
             config = PrepareConfig(dataset=dataset)
             name = self._prepare_name(dataset)
             self.prepared[dataset] = self._add(name, config, {"rows": rows})

@@ -84,8 +84,8 @@ class FlowObserver(StageObserver):
 
     def finished(self, step: BoundStep, outcome: Outcome) -> None:
         """Log the headline."""
-        self._log.info("%s in %.1f s: %s", outcome.status, outcome.seconds,
-                       outcome.artifact.manifest.headline)  # fmt: skip
+        headline = outcome.artifact.manifest.headline
+        self._log.info("%s in %.1f s: %s", outcome.status, outcome.seconds, headline)
 
     def _show_progress(self, step: BoundStep, event: Progress) -> None:
         percent = 100.0 * event.done / max(event.total, 1)

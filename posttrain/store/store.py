@@ -10,6 +10,7 @@ STORE/runs/                     which artifacts each run of a recipe used
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from posttrain.store.digests import DigestCache
 from posttrain.store.files import file_sha256, sync_folder, sync_tree, write_json
 from posttrain.store.fingerprint import files_digest
 from posttrain.store.manifest import MANIFEST, Artifact, FileRecord, Manifest, now
+
+log = logging.getLogger(__name__)
 
 STAGE_FOLDER = ".stage"
 """Where an artifact keeps how it was made. Not part of its content."""
@@ -63,8 +66,8 @@ class Store:
         try:
             artifact = self._read(path)
             self._check(artifact, self.digests.file_digest)
-        except CorruptArtifact:
-            self.set_aside(path)
+        except CorruptArtifact as error:
+            log.warning("%s; moved to %s and made again", error, self.set_aside(path))
             return None
         return artifact
 

@@ -111,10 +111,13 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_artifact_is_set_aside_and_rebuilt(store: Store, damage: str) -> None:
+def test_a_damaged_artifact_is_reported_set_aside_and_rebuilt(
+    store: Store, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     made = publish(store)
     DAMAGE[damage](made.path)
     assert store.find("dataset", made.fingerprint) is None
+    assert str(made.path) in caplog.text
     assert not made.path.exists()
     assert len(list((store.root / "aside").iterdir())) == 1
     assert publish(store).digest == made.digest
