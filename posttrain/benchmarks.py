@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from posttrain.evaluate.python_docs_task import TASKS
 from posttrain.recipe import EvaluateConfig
 from posttrain.store.digests import DigestCache
 from posttrain.store.fingerprint import combine, files_digest
-
-OUR_TASKS = ("python_docs_held_out", "python_docs_trained")
-"""Tasks over the built-in source, which ask about the objects of a prepared dataset."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ def identify_benchmarks(config: EvaluateConfig, digests: DigestCache) -> Benchma
     parts = [metadata.version("lm-eval")]
     folders = [*config.task_folders, *([config.offline_root] if config.offline_root else [])]
     parts += [_folder_digest(Path(folder), digests) for folder in folders]
-    if any(task in OUR_TASKS for task in config.tasks):
+    if any(task in TASKS for task in config.tasks):
         from posttrain.data.python_docs import generator_digest
 
         parts += [generator_digest(), sys.version]

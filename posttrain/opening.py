@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from posttrain.benchmarks import OUR_TASKS
 from posttrain.errors import DataError, ModelError, Problem, RecipeError
+from posttrain.evaluate.python_docs_task import TASKS
 from posttrain.model_reference import ModelReference, resolve_model
 from posttrain.models import has_chat_template
 from posttrain.pipeline import Pipeline, Rows, build_pipeline
@@ -93,7 +93,7 @@ def _benchmark_problems(recipe: Recipe) -> list[Problem]:
     for position, stage in enumerate(recipe.stages):
         if not isinstance(stage, EvaluateConfig):
             continue
-        ours = [task for task in stage.tasks if task in OUR_TASKS]
+        ours = [task for task in stage.tasks if task in TASKS]
         dataset = stage.dataset or (trained[-1] if trained else None)
         if ours and dataset not in built_in:
             problems.append(
