@@ -7,6 +7,7 @@ tracking server that cannot be reached costs a warning, never a training run.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -93,6 +94,8 @@ class MlflowTracker(StageObserver):
             log.warning("MLflow: %s: %s", type(error).__name__, str(error).splitlines()[0][:300])
 
     def _open(self, tags: Mapping[str, str]) -> None:
+        # Read when a run ends: links in the middle of a progress bar help nobody.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         import mlflow
 
         uri = self._home.tracking_uri

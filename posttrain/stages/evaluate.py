@@ -62,7 +62,8 @@ def main(context: StageContext[EvaluateConfig]) -> StageResult:
 
     rows = _measure_rows(context, model, tokenizer, dataset, max_length)
     _write_samples(context, model, tokenizer, dataset)
-    context.events.phase(f"asking {', '.join(config.tasks)}" if config.tasks else "no benchmarks")
+    if config.tasks:
+        context.events.phase(f"asking {', '.join(config.tasks)}")
     measured = run_benchmarks(model, tokenizer, benchmarks, config.batch_size, context.events)
 
     write_items(context.output, measured.items)
