@@ -100,11 +100,11 @@ def run(
     if plan.nothing_to_do:
         console.print("Nothing to do: every stage is in the store.", style="bold")
         _record_reuse(pipeline, plan)
+        artifacts = plan.artifacts()
     else:
         with _ctrl_c_is_no_accident():
             _run_flow(recipe, overrides, from_stage, console, keeper, verbose)
-        plan = _plan(pipeline, None)
-    artifacts = {**plan.artifacts(), **{n: o.artifact for n, o in keeper.outcomes.items()}}
+        artifacts = {name: outcome.artifact for name, outcome in keeper.outcomes.items()}
     if as_json:
         _print_json(_summary(pipeline, artifacts, keeper))
     else:

@@ -45,7 +45,7 @@ def main(context: StageContext[EvaluateConfig]) -> StageResult:
         ModelError: the model cannot be loaded, or its chat template cannot write the rows.
     """
     config = context.config
-    _stay_quiet_and_local(config)
+    _stay_local(config)
     dataset = _open_dataset(context)
     if not config.tasks and dataset is None:
         raise DataError("evaluate: nothing to measure; name `tasks`, a `dataset`, or both")
@@ -83,10 +83,8 @@ def main(context: StageContext[EvaluateConfig]) -> StageResult:
     )
 
 
-def _stay_quiet_and_local(config: EvaluateConfig) -> None:
+def _stay_local(config: EvaluateConfig) -> None:
     """Libraries read these once, on import; so this comes before all of them."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if config.offline_root is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"

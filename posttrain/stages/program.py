@@ -110,8 +110,14 @@ def run_program(
     logging.basicConfig(
         level=context.job.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    # Progress goes to events.jsonl; bars in a log help nobody. Read by tqdm when it is imported.
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    # Libraries read these once, on import, so before `main` imports any. Progress goes to
+    # events.jsonl; bars and warnings about forks in a log help nobody.
+    for name, value in (
+        ("TQDM_DISABLE", "1"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
     if context.rank == 0:
         _clear_leftovers(context)
     try:

@@ -20,9 +20,6 @@ def world_size() -> int:
 
 def prepare_libraries() -> None:
     """Keep the libraries quiet and DeepSpeed out; call it before the first model is loaded."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     import accelerate.utils.other
     import datasets
     from transformers.utils import logging
