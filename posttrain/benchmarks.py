@@ -8,7 +8,6 @@ from importlib import metadata
 from pathlib import Path
 
 from posttrain.evaluate.python_docs_task import TASKS
-from posttrain.recipe import EvaluateConfig
 from posttrain.store.digests import DigestCache
 from posttrain.store.fingerprint import combine, files_digest
 
@@ -21,20 +20,25 @@ class Benchmarks:
     digest: str
 
 
-def identify_benchmarks(config: EvaluateConfig, digests: DigestCache) -> Benchmarks:
+def identify_benchmarks(
+    tasks: tuple[str, ...],
+    task_folders: tuple[str, ...],
+    offline_root: str | None,
+    digests: DigestCache,
+) -> Benchmarks:
     """Digest of lm-eval's version, of the user's task folders and of the offline root.
 
     Benchmarks read from the Hub are pinned by lm-eval's own task definitions, no closer: their
     repositories' commits are not in the digest.
     """
     parts = [metadata.version("lm-eval")]
-    folders = [*config.task_folders, *([config.offline_root] if config.offline_root else [])]
+    folders = [*task_folders, *([offline_root] if offline_root else [])]
     parts += [_folder_digest(Path(folder), digests) for folder in folders]
-    if any(task in TASKS for task in config.tasks):
+    if any(task in TASKS for task in tasks):
         from posttrain.data.python_docs import generator_digest
 
         parts += [generator_digest(), sys.version]
-    return Benchmarks(config.tasks, combine(*parts))
+    return Benchmarks(tasks, combine(*parts))
 
 
 def _folder_digest(folder: Path, digests: DigestCache) -> str:

@@ -169,7 +169,7 @@ def _publish(
     run_ids: RunIds,
     force: bool,
 ) -> Artifact:
-    files = store.record_files(work / "output")
+    files = store.record_files(work / "output", step.step.config.accounts)
     manifest = Manifest(
         kind=step.step.kind,
         stage=step.step.stage,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from posttrain.benchmarks import Benchmarks, identify_benchmarks
 from posttrain.errors import Problem, RecipeError
+from posttrain.evaluate.python_docs_task import TASKS
 from posttrain.hardware import resolve_dtype
 from posttrain.model_reference import ModelReference
 from posttrain.recipe import (
@@ -29,6 +30,7 @@ from posttrain.recipe import (
     result_config,
 )
 from posttrain.recipe.base import ArtifactKind
+from posttrain.recipe.prepare import AGAINST, Decontaminate
 from posttrain.stages.program import StageInput, StageJob
 from posttrain.store import Artifact, InputRecord
 from posttrain.store.digests import DigestCache
@@ -266,8 +268,62 @@ class _Builder:
             self._problem(where, f"`{config.dataset}` was prepared already", "remove one of them")
         if rows is None:
             return
+        inputs: dict[str, Input] = {"rows": rows}
+        for operation in ("exact_dedup", "near_dedup"):
+            for other in getattr(getattr(config, operation), "against", ()):
+                there = f"{where}.{operation}.against"
+                if other == config.dataset:
+                    self._problem(there, f"`{other}` is the dataset itself", "name another one")
+                elif (output := self._prepare(there, other)) is not None:
+                    inputs[f"{AGAINST}{other}"] = output
+        if config.split.test_dataset is not None:
+            test = self._dataset(f"{where}.split.test_dataset", config.split.test_dataset)
+            if test is not None:
+                inputs["test"] = test
+        if config.length is not None and config.length.max_tokens is not None:
+            inputs["model"] = self.base
+        decontaminate = self._decontaminate(f"{where}.decontaminate", config.decontaminate)
+        if decontaminate is not None:
+            inputs["benchmarks"] = identify_benchmarks(
+                decontaminate.benchmarks or (),
+                decontaminate.task_folders,
+                decontaminate.offline_root,
+                self.digests,
+            )
+        config = config.model_copy(update={"decontaminate": decontaminate})
         name = config.name or self._prepare_name(config.dataset)
-        self.prepared[config.dataset] = self._add(name, config, {"rows": rows})
+        self.prepared[config.dataset] = self._add(name, config, inputs)
+
+    def _decontaminate(self, where: str, config: Decontaminate | None) -> Decontaminate | None:
+        """The settings with the evaluation sets of the recipe filled in; None without any.
+
+        The tasks about Python's documentation ask about the training rows on purpose.
+        """
+        if config is None:
+            return None
+        stages = [stage for stage in self.recipe.stages if isinstance(stage, EvaluateConfig)]
+        tasks = config.benchmarks
+        if tasks is None:
+            asked = [task for stage in stages for task in stage.tasks if task not in TASKS]
+            tasks = tuple(dict.fromkeys(asked))
+        ours = [task for task in tasks if task in TASKS]
+        if ours:
+            message = f"`{ours[0]}` is made from the rows of the dataset, so it cannot be kept out"
+            self._problem(where, message, "leave it out")
+        if not tasks:
+            return None
+        roots = {stage.offline_root for stage in stages} - {None}
+        if config.offline_root is None and len(roots) > 1:
+            fix = f"write `offline_root` here: one of {', '.join(sorted(map(str, roots)))}"
+            self._problem(where, "the `evaluate` stages read benchmarks from several folders", fix)
+        folders = [folder for stage in stages for folder in stage.task_folders]
+        return config.model_copy(
+            update={
+                "benchmarks": tasks,
+                "task_folders": config.task_folders or tuple(dict.fromkeys(folders)),
+                "offline_root": config.offline_root or next(iter(sorted(map(str, roots))), None),
+            }
+        )
 
     def _add_sft(self, where: str, config: SftConfig) -> None:
         dataset = self._prepare(f"{where}.dataset", config.dataset)
@@ -304,7 +360,9 @@ class _Builder:
         config = config.model_copy(update={"dtype": resolve_dtype(config.dtype)})
         inputs: dict[str, Input] = {}
         if config.tasks:
-            inputs["benchmarks"] = identify_benchmarks(config, self.digests)
+            inputs["benchmarks"] = identify_benchmarks(
+                config.tasks, config.task_folders, config.offline_root, self.digests
+            )
         if name is not None:
             dataset = self._prepare(f"{where}.dataset", name)
             if dataset is None:
@@ -364,9 +422,7 @@ class _Builder:
                 if isinstance(stage, PrepareConfig) and stage.dataset == dataset:
                     message = f"`{dataset}` is prepared by a later stage"
                     self._problem(where, message, "move that stage up")
-            config = PrepareConfig(dataset=dataset)
-            name = self._prepare_name(dataset)
-            self.prepared[dataset] = self._add(name, config, {"rows": rows})
+            self._add_prepare(where, PrepareConfig(dataset=dataset))
         return self.prepared[dataset]
 
     def _dataset(self, where: str, name: str) -> Rows | None:

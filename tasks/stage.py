@@ -7,6 +7,7 @@ from typing import cast
 
 from prefect import State
 from prefect.artifacts import (
+    create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     update_progress_artifact,
@@ -16,6 +17,8 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 from prefect.utilities.annotations import quote
 
+from posttrain.data.report import report_markdown
+from posttrain.data.report_data import ReportData
 from posttrain.events import Event, Failure, Phase, Progress, Warn, describe_progress
 from posttrain.execute import Outcome, StageObserver
 from posttrain.pipeline import BoundStep, Step
@@ -98,10 +101,22 @@ class FlowObserver(StageObserver):
 
 
 def _keep_report(outcome: Outcome) -> None:
-    """Show a verdict's Markdown among the run's artifacts."""
-    report = outcome.artifact.path / "verdict.md"
-    if report.exists():
-        try:
-            create_markdown_artifact(report.read_text(encoding="utf-8"), key="verdict")
-        except MissingContextError:
-            return
+    """Show a verdict's or a dataset's report among the run's artifacts."""
+    folder = outcome.artifact.path
+    try:
+        if (folder / "verdict.md").exists():
+            verdict = (folder / "verdict.md").read_text(encoding="utf-8")
+            create_markdown_artifact(verdict, key="verdict")
+        if (folder / "report.html").exists():
+            name = outcome.artifact.manifest.name.replace("_", "-")
+            summary = report_markdown(
+                ReportData.model_validate_json((folder / "report.json").read_bytes())
+            )
+            create_markdown_artifact(summary, key=f"report-{name}")
+            create_link_artifact(
+                (folder / "report.html").resolve().as_uri(),
+                "report.html",
+                key=f"report-{name}-page",
+            )
+    except MissingContextError:
+        return

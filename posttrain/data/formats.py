@@ -12,14 +12,24 @@
 
 `prompt`, `completion`, `chosen` and `rejected` are strings, single messages or lists of messages.
 Without a prompt, `chosen` and `rejected` are whole chats and the prompt is what both begin with.
-Other columns are ignored.
+
+Every format may have three more columns, which the row keeps:
+
+| column     | holds                                                                              |
+|------------|------------------------------------------------------------------------------------|
+| `category` | a text, a whole number, or true or false: what classes can be balanced by          |
+| `date`     | a text, a date, a date with a time, or a number: a year, a day as 20240501, or the |
+|            | time since 1970 in seconds, milli-, micro- or nanoseconds                          |
+| `score`    | a finite number, also as text; more is better                                      |
+
+Null, a blank text and a column that is not there mean that it is not known. A text in `date` that
+is no ISO 8601 date stays as it is. Other columns are ignored.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypedDict
 
 from posttrain.data.messages import (
@@ -27,12 +37,16 @@ from posttrain.data.messages import (
     check_chat,
     check_prompt,
     check_reply,
+    parse_category,
+    parse_date,
     parse_label,
     parse_messages,
     parse_optional_text,
     parse_prompt,
     parse_reply,
+    parse_score,
     parse_text,
+    shown,
 )
 from posttrain.data.records import BadRecord, RawRecord
 from posttrain.data.rows import (
@@ -43,7 +57,7 @@ from posttrain.data.rows import (
     Messages,
     Preference,
     Row,
-    content_json,
+    canonical_json,
     row_id,
 )
 from posttrain.data.sources import read_records
@@ -73,24 +87,51 @@ _REQUIRED: dict[RowFormat, tuple[tuple[str, ...], ...]] = {
 }
 """Columns that make a format; each alternative is enough."""
 
-_OPTIONAL = {"input", "system"}
+_OPTIONAL = {"input", "system", "category", "date", "score"}
+
+_COLUMNS_SHOWN = 30
+"""Columns that an error message lists, and characters that it shows of each."""
 
 
 def read_rows(spec: DatasetSpec) -> Iterator[Row | BadRecord]:
     """Rows of a dataset in source order; bad ones as `BadRecord` under `on_bad_row: skip`.
 
-    Each file's format is detected from its first record unless `spec.format` names it.
+    Each file's format is detected from its first record unless `spec.format` names it. Under
+    `skip` a record that fits no format is a bad one, and the next record is tried.
 
     Raises:
-        DataError: a source cannot be read, the format is unclear, files of different families are
-            mixed, or a row is bad and `spec.on_bad_row` is `error`.
+        DataError: a source cannot be read or holds no rows, the format is unclear, files of
+            different families are mixed, or a row is bad and `spec.on_bad_row` is `error`.
     """
+    _check_targets(spec.columns)
     formats: dict[str, RowFormat] = {}
+    misfit: _NoFormatError | None = None
+    record = None
     for record in read_records(spec):
-        row = record if isinstance(record, BadRecord) else _to_row(record, spec, formats)
+        row: Row | BadRecord
+        try:
+            row = record if isinstance(record, BadRecord) else _to_row(record, spec, formats)
+        except _NoFormatError as error:
+            if spec.on_bad_row == "error":
+                raise
+            misfit = misfit or error
+            row = error.record
         if isinstance(row, BadRecord) and spec.on_bad_row == "error":
             raise DataError(f"{row} (to leave such rows out, write `on_bad_row: skip`)")
         yield row
+    if record is None:
+        source = spec.source if isinstance(spec.source, str) else ", ".join(spec.source)
+        raise DataError(f"{source}: holds no rows")
+    if misfit and not formats:
+        raise misfit
+
+
+class _NoFormatError(DataError):
+    """A record from which no format can be told."""
+
+    def __init__(self, record: RawRecord, reason: str) -> None:
+        self.record = BadRecord(record.file, record.row, reason)
+        super().__init__(str(self.record))
 
 
 def detect(record: RawRecord) -> RowFormat:
@@ -107,35 +148,35 @@ def detect(record: RawRecord) -> RowFormat:
         fits = [name for name in fits if name != "sharegpt"]
     if len(fits) == 1:
         return fits[0]
-    shown = ", ".join(sorted(columns)) or "none"
-    where = f"{record.file}:{record.row}"
+    columns_shown = _listed(columns)
     if fits:
         raise DataError(
-            f"{where}: more than one format fits the columns ({shown}): {', '.join(fits)}; "
-            f"write which, such as `format: {fits[0]}`"
+            f"{record.file}:{record.row}: more than one format fits the columns ({columns_shown}): "
+            f"{', '.join(fits)}; write which, such as `format: {fits[0]}`"
         )
-    raise DataError(
-        f"{where}: no format fits the columns ({shown}). {_formats_listed()}. Rename columns with "
-        "`columns: {prompt: your_column}`"
+    raise _NoFormatError(
+        record,
+        f"no format fits the columns ({columns_shown}). {_formats_listed()}. Rename columns with "
+        "`columns: {prompt: your_column}`",
     )
 
 
 def convert(record: RawRecord, row_format: RowFormat) -> Row | BadRecord:
     """One record as a canonical row, or why it is none."""
     try:
-        row = _CONVERTERS[row_format](record)
+        return _CONVERTERS[row_format](record)
     except NotARow as error:
         return BadRecord(record.file, record.row, str(error))
-    return replace(row, id=row_id(content_json(row), record.file, record.row))
 
 
 def _to_row(record: RawRecord, spec: DatasetSpec, formats: dict[str, RowFormat]) -> Row | BadRecord:
-    if record.file not in formats:
-        _check_columns(record, spec.columns)
+    row_format = formats.get(record.file)
+    if row_format is None:
+        _check_sources(record, spec.columns)
     renamed = _rename(record, spec.columns)
-    if record.file not in formats:
-        formats[record.file] = _format_of_file(renamed, spec, formats)
-    return convert(renamed, formats[record.file])
+    if row_format is None:
+        row_format = formats[record.file] = _format_of_file(renamed, spec, formats)
+    return convert(renamed, row_format)
 
 
 def _format_of_file(
@@ -152,18 +193,23 @@ def _format_of_file(
     return row_format
 
 
-def _check_columns(record: RawRecord, columns: Mapping[str, str]) -> None:
+def _check_targets(columns: Mapping[str, str]) -> None:
     known = sorted({c for sets in _REQUIRED.values() for s in sets for c in s} | _OPTIONAL)
-    for column, source in columns.items():
+    for column in columns:
         if column not in known:
             raise DataError(
                 f"`columns` renames to `{column}`, which no format has{_close(column, known)}"
             )
+
+
+def _check_sources(record: RawRecord, columns: Mapping[str, str]) -> None:
+    for column, source in columns.items():
         if source not in record.fields:
-            names = sorted(record.fields)
-            raise DataError(
-                f"{record.file}:{record.row}: `columns` reads `{column}` from `{source}`, but the "
-                f"columns are {', '.join(names)}{_close(source, names)}"
+            names = list(record.fields)
+            raise _NoFormatError(
+                record,
+                f"`columns` reads `{column}` from `{source}`, but the columns are "
+                f"{_listed(names)}{_close(source, names)}",
             )
 
 
@@ -180,13 +226,18 @@ def _rename(record: RawRecord, columns: Mapping[str, str]) -> RawRecord:
 
 
 def _text(record: RawRecord) -> Document:
-    return Document(text=parse_text(record.fields, "text"), **_origin(record))
+    text = parse_text(record.fields, "text")
+    return Document(text=text, **_origin(record, {"text": text}))
+
+
+def _chat(record: RawRecord, messages: Messages) -> Chat:
+    return Chat(messages=messages, **_origin(record, {"messages": messages}))
 
 
 def _prompt_completion(record: RawRecord) -> Chat:
     prompt = parse_prompt(_field(record, "prompt"), "`prompt`")
     completion = parse_reply(_field(record, "completion"), "`completion`")
-    return Chat(messages=prompt + check_reply(completion, "`completion`"), **_origin(record))
+    return _chat(record, prompt + check_reply(completion, "`completion`"))
 
 
 def _alpaca(record: RawRecord) -> Chat:
@@ -198,17 +249,16 @@ def _alpaca(record: RawRecord) -> Chat:
         Message("user", f"{instruction}\n\n{given}" if given else instruction),
         Message("assistant", parse_text(record.fields, "output")),
     )
-    return Chat(messages=messages, **_origin(record))
+    return _chat(record, messages)
 
 
 def _messages(record: RawRecord) -> Chat:
     messages = parse_messages(_field(record, "messages"), "`messages`")
-    return Chat(messages=check_chat(messages, "`messages`"), **_origin(record))
+    return _chat(record, check_chat(messages, "`messages`"))
 
 
 def _sharegpt(record: RawRecord) -> Chat:
-    turns = check_chat(_conversations(record), "`conversations`")
-    return Chat(messages=turns, **_origin(record))
+    return _chat(record, check_chat(_conversations(record), "`conversations`"))
 
 
 def _preference(record: RawRecord) -> Preference:
@@ -225,18 +275,16 @@ def _preference(record: RawRecord) -> Preference:
     # Many sets repeat the prompt at the head of both chats.
     if chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    return Preference(
-        prompt=prompt,
-        chosen=check_reply(chosen, "`chosen`"),
-        rejected=check_reply(rejected, "`rejected`"),
-        **_origin(record),
-    )
+    check_reply(chosen, "`chosen`")
+    check_reply(rejected, "`rejected`")
+    origin = _origin(record, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return Preference(prompt=prompt, chosen=chosen, rejected=rejected, **origin)
 
 
 def _kto(record: RawRecord) -> KtoExample:
     label = parse_label(_field(record, "label"))
     if label is None:
-        raise NotARow(f"`label` must be true or false, not {record.fields['label']!r}")
+        raise NotARow(f"`label` must be true or false, not {shown(record.fields['label'])}")
     if "messages" in record.fields:
         messages = parse_messages(record.fields["messages"], "`messages`")
         prompt = check_prompt(messages[:-1], "`messages` without its last turn")
@@ -244,12 +292,9 @@ def _kto(record: RawRecord) -> KtoExample:
     else:
         prompt = parse_prompt(_field(record, "prompt"), "`prompt`")
         completion = parse_reply(_field(record, "completion"), "`completion`")
-    return KtoExample(
-        prompt=prompt,
-        completion=check_reply(completion, "`completion`"),
-        label=label,
-        **_origin(record),
-    )
+    check_reply(completion, "`completion`")
+    origin = _origin(record, {"prompt": prompt, "completion": completion, "label": label})
+    return KtoExample(prompt=prompt, completion=completion, label=label, **origin)
 
 
 def _conversations(record: RawRecord) -> Messages:
@@ -292,16 +337,36 @@ class _Origin(TypedDict):
     file: str
     row: int
     subject: str | None
+    category: str | None
+    date: str | None
+    score: float | None
 
 
-def _origin(record: RawRecord) -> _Origin:
-    """Where a row came from; its id covers the content, so `convert` fills it in."""
-    return {"id": "", "file": record.file, "row": record.row, "subject": record.subject}
+def _origin(record: RawRecord, content: Mapping[str, str | bool | Messages]) -> _Origin:
+    """What a row has besides `content`, from which its id is made."""
+    fields = record.fields
+    return {
+        "id": row_id(canonical_json(content), record.file, record.row),
+        "file": record.file,
+        "row": record.row,
+        "subject": record.subject,
+        "category": parse_category(fields["category"]) if "category" in fields else None,
+        "date": parse_date(fields["date"]) if "date" in fields else None,
+        "score": parse_score(fields["score"]) if "score" in fields else None,
+    }
 
 
 def _close(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _listed(columns: Iterable[str]) -> str:
+    """Columns for an error message; a broken file can have any number of them, of any length."""
+    names = sorted(columns)
+    cut = [name[:_COLUMNS_SHOWN].encode(errors="replace").decode() for name in names]
+    more = len(cut) - _COLUMNS_SHOWN
+    return ", ".join(cut[:_COLUMNS_SHOWN]) + (f" and {more} more" if more > 0 else "") or "none"
 
 
 def _formats_listed() -> str:

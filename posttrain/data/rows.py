@@ -14,10 +14,11 @@ lineage can point at it.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import orjson
 
 from posttrain.recipe.base import RowFamily
 
@@ -48,6 +49,12 @@ class _Row:
     """Line of the file, or number of the record in it, counted from 1."""
     subject: str | None = None
     """What the row is about, where the source knows: for built-in rows a Python object's name."""
+    category: str | None = None
+    """Label that classes can be balanced by, where the source has such a column."""
+    date: str | None = None
+    """When it was written, in a form whose order as text is its order in time (ISO 8601)."""
+    score: float | None = None
+    """How good it is, where the source says so; more is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +119,16 @@ def all_messages(row: Row) -> Messages:
 
 def content_json(row: Row) -> str:
     """What the row says, without where it came from, as canonical JSON."""
-    record = to_record(row)
-    content = {key: record[key] for key in record if key not in _ORIGIN}
-    return json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return canonical_json({name: getattr(row, name) for name in _CONTENT[type(row)]})
+
+
+def canonical_json(content: Mapping[str, str | bool | Messages]) -> str:
+    """JSON with sorted keys, no white space and no escapes but those that JSON demands."""
+    plain = {
+        key: value if isinstance(value, str | bool) else _plain(value)
+        for key, value in content.items()
+    }
+    return orjson.dumps(plain, option=orjson.OPT_SORT_KEYS).decode()
 
 
 def content_digest(row: Row) -> str:
@@ -134,20 +148,13 @@ def to_record(row: Row) -> dict[str, object]:
         "file": row.file,
         "row": row.row,
         "subject": row.subject,
+        "category": row.category,
+        "date": row.date,
+        "score": row.score,
     }
-    match row:
-        case Document():
-            record["text"] = row.text
-        case Chat():
-            record["messages"] = _plain(row.messages)
-        case Preference():
-            record["prompt"] = _plain(row.prompt)
-            record["chosen"] = _plain(row.chosen)
-            record["rejected"] = _plain(row.rejected)
-        case KtoExample():
-            record["prompt"] = _plain(row.prompt)
-            record["completion"] = _plain(row.completion)
-            record["label"] = row.label
+    for name in _CONTENT[type(row)]:
+        value = getattr(row, name)
+        record[name] = value if isinstance(value, str | bool) else _plain(value)
     return record
 
 
@@ -175,11 +182,20 @@ def arrow_schema(family: RowFamily) -> pa.Schema:
         ("file", pa.string()),
         ("row", pa.int64()),
         ("subject", pa.string()),
+        ("category", pa.string()),
+        ("date", pa.string()),
+        ("score", pa.float64()),
     ]
     return pa.schema(origin + content[family])
 
 
-_ORIGIN = frozenset({"id", "file", "row", "subject"})
+_CONTENT: dict[type[Row], tuple[str, ...]] = {
+    Document: ("text",),
+    Chat: ("messages",),
+    Preference: ("prompt", "chosen", "rejected"),
+    KtoExample: ("prompt", "completion", "label"),
+}
+"""What a row says, as opposed to where it came from."""
 
 
 def _plain(messages: Messages) -> list[dict[str, str]]:

@@ -2,8 +2,8 @@
 
 A source is one of these, or a list of them:
 
-- a file: `.jsonl`, `.json` (an array of objects, or JSON Lines), `.csv`, `.parquet`, `.md`,
-  `.txt`; all but Parquet also with `.gz`
+- a file: `.jsonl` (the one for large data), `.json` (an array of objects, or JSON Lines), `.csv`,
+  `.parquet`, `.md`, `.txt`; all but Parquet also with `.gz`
 - a folder (every such file below it, sorted) or a glob (`data/**/*.jsonl`, sorted)
 - `hub:OWNER/NAME`, read by the `datasets` library
 - `builtin:python-docs/chats`, made from the documentation of the running Python
@@ -30,14 +30,22 @@ from pathlib import Path
 from typing import Protocol
 
 from posttrain.data import python_docs
-from posttrain.data.files import RECORD_SUFFIXES, SUFFIXES, kind_of, read_file
-from posttrain.data.records import BadRecord, RawRecord
+from posttrain.data.files import (
+    RECORD_SUFFIXES,
+    SUFFIXES,
+    TEXT_SUFFIXES,
+    kind_of,
+    read_file,
+    suffix_of,
+)
+from posttrain.data.records import RawRecord, Records
 from posttrain.errors import DataError
 from posttrain.recipe.datasets import DatasetSpec
 from posttrain.store.files import file_sha256
 
 HUB = "hub:"
 BUILTIN = "builtin:"
+_OTHER_PACKERS = (".bz2", ".xz", ".zip", ".zst")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -53,7 +61,7 @@ class DigestCache(Protocol):
         ...
 
 
-def read_records(spec: DatasetSpec) -> Iterator[RawRecord | BadRecord]:
+def read_records(spec: DatasetSpec) -> Records:
     """Records in source order, at most `spec.limit` of them.
 
     A record that cannot be read, such as a torn JSON line, is a `BadRecord`; the caller decides
@@ -170,8 +178,10 @@ def _find_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
         found = _files_below(path, source)
-    elif path.exists():
+    elif path.is_file():
         found = [path]
+    elif path.exists():
+        raise DataError(f"{source}: neither a file nor a folder")
     elif glob.has_magic(source):
         # Path.glob takes no absolute patterns.
         matches = glob.glob(str(path), recursive=True)  # noqa: PTH207
@@ -182,6 +192,8 @@ def _find_files(source: str) -> list[Path]:
         raise DataError(f"{source}: no such file or folder{_suggest(path)}")
     for item in found:
         kind_of(item)  # refuses an unknown suffix
+        if not _is_text(item.name):
+            raise DataError(f"{str(item)!r}: the name is not valid UTF-8; rename it")
     return sorted(item.absolute() for item in found)
 
 
@@ -191,18 +203,32 @@ def _files_below(folder: Path, source: str) -> list[Path]:
         for path in folder.rglob("*")
         if path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.name.removesuffix(".gz").endswith(SUFFIXES)
+        and (suffix_of(path) in SUFFIXES or _is_packed_otherwise(path))
     ]
     if not found:
         raise DataError(f"{source}: no {_or(SUFFIXES)} file in this folder")
-    records = [path for path in found if path.name.removesuffix(".gz").endswith(RECORD_SUFFIXES)]
-    if records and len(records) < len(found):
-        text = next(path for path in found if path not in records)
+    records = [path for path in found if suffix_of(path) in RECORD_SUFFIXES]
+    texts = [path for path in found if suffix_of(path) in TEXT_SUFFIXES]
+    if records and texts:
         raise DataError(
-            f"{source}: holds both records ({records[0].name}) and texts ({text.name}); name one "
-            f"kind with a glob, such as `{source.rstrip('/')}/**/*{records[0].suffix}`"
+            f"{source}: holds both records ({records[0].name}) and texts ({texts[0].name}); name "
+            f"one kind with a glob, such as `{source.rstrip('/')}/**/*{records[0].suffix}`"
         )
     return found
+
+
+def _is_packed_otherwise(path: Path) -> bool:
+    """Rows that would be left out without a word; better refused."""
+    return path.suffix in _OTHER_PACKERS and suffix_of(path.with_suffix("")) in SUFFIXES
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name can be written down: Linux allows any bytes in it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _suggest(path: Path) -> str:
@@ -224,7 +250,7 @@ def _common_folder(paths: list[Path]) -> Path:
     return Path(os.path.commonpath([path.parent for path in paths]))
 
 
-def _read(part: _Part, spec: DatasetSpec) -> Iterator[RawRecord | BadRecord]:
+def _read(part: _Part, spec: DatasetSpec) -> Records:
     if part.path is not None:
         return read_file(part.path, part.name)
     if part.name.startswith(BUILTIN):

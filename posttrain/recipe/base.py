@@ -38,6 +38,8 @@ class StageConfig(Strict):
 
     produces: ClassVar[ArtifactKind]
     """Kind of artifact the stage leaves."""
+    accounts: ClassVar[frozenset[str]] = frozenset()
+    """Files of the artifact that no later stage reads: not part of its content digest."""
     code_version: ClassVar[int] = 1
     """Raise it when the stage's code would give another result from the same inputs."""
 

@@ -141,6 +141,8 @@ def _problem(detail: Any, lines: _LineIndex | None) -> Problem:
         return Problem(where, "is missing", _describe(loc))
     if kind in ("literal_error", "enum"):
         return Problem(where, f"is {value}", f"write one of: {context.get('expected')}")
+    if kind == "value_error":  # our own checks: their sentences stand by themselves
+        return Problem(where, str(context.get("error", detail["msg"])))
     message = detail["msg"]
     message = message[0].lower() + message[1:]
     if kind in ("batch_size", "stage_body", "stage_kind", "stage_shape"):

@@ -142,7 +142,12 @@ def _write_own_tasks(
         names,
         choices(),
         trained={row.subject for row in dataset.train() if row.subject},
-        held_out={row.subject for row in dataset.held_out() if row.subject},
+        held_out={
+            row.subject
+            for side in (dataset.validation(), dataset.test())
+            for row in side
+            if row.subject
+        },
     )
     return folder
 
@@ -183,7 +188,7 @@ def _encode(
     from posttrain.train.tokenize import encode_chat, encode_document
 
     rows = []
-    for row in dataset.held_out(limit):
+    for row in dataset.unseen(limit):
         if isinstance(row, Chat):
             rows.append(EncodedRow(row.id, encode_chat(tokenizer, row.messages, max_length)))
         elif isinstance(row, Document):
@@ -201,7 +206,7 @@ def _write_samples(
     from posttrain.evaluate.samples import answer_prompts
 
     wanted = context.config.samples
-    rows = dataset.held_out(wanted.count) if dataset and wanted.count else []
+    rows = dataset.unseen(wanted.count) if dataset and wanted.count else []
     answerable = [row for row in rows if isinstance(row, Chat | Document)]
     if answerable:
         context.events.phase("answering sample prompts")

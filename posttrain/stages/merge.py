@@ -78,7 +78,7 @@ def _prompts(
 ) -> list[list[int]]:
     """Held-out rows as the model reads them, answers included."""
     prepared = PreparedDataset.open(Path(context.input("prompts").path))
-    rows = prepared.held_out(context.config.check_prompts)
+    rows = prepared.validation(context.config.check_prompts)
     encodings = encode_rows(tokenizer, rows, _MAX_LENGTH)
     if not encodings.rows:
         raise DataError("the dataset has no held-out row on which the merged model can be checked")

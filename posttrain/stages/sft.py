@@ -93,7 +93,7 @@ def _encode(
     sides = []
     for side, rows in (
         ("training", prepared.train()),
-        ("held-out", prepared.held_out(config.validation.max_rows)),
+        ("held-out", prepared.validation(config.validation.max_rows)),
     ):
         encodings = encode_rows(tokenizer, rows, config.batching.max_length)
         if not encodings.rows:

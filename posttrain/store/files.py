@@ -6,24 +6,33 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write to a temporary name beside `path`, sync, and rename over it."""
+    with temporary_beside(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """An empty file to write; synced and renamed to `path` at the end, removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync_folder(temporary)  # fsync takes any descriptor, a file's as well
         # mkstemp makes files for their owner alone; a shared store needs the usual mode.
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
@@ -46,9 +55,7 @@ def sync_folder(folder: Path) -> None:
 def sync_tree(folder: Path) -> None:
     """Sync every file and folder below `folder`, itself included."""
     for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            sync_folder(path)  # fsync takes any descriptor, a file's as well
-        elif path.is_dir():
+        if (path.is_file() and not path.is_symlink()) or path.is_dir():
             sync_folder(path)
     sync_folder(folder)
 

@@ -35,6 +35,8 @@ class FileRecord(_Frozen):
     size: int
     """Bytes."""
     sha256: str
+    content: bool = True
+    """Whether later stages depend on it; accounts and reports for people are none of theirs."""
 
 
 class InputRecord(_Frozen):
@@ -83,7 +85,8 @@ class Manifest(_Frozen):
             self.fingerprint
         ):
             return "the manifest's config or inputs do not give its fingerprint"
-        if files_digest((file.path, file.sha256) for file in self.files) != self.content_digest:
+        content = ((file.path, file.sha256) for file in self.files if file.content)
+        if files_digest(content) != self.content_digest:
             return "the manifest's files do not give its content digest"
         return None
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +109,14 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def record_files(self, output: Path) -> tuple[FileRecord, ...]:
+    def record_files(
+        self, output: Path, accounts: Container[str] = frozenset()
+    ) -> tuple[FileRecord, ...]:
         """Size and SHA-256 of each file below `output`.
+
+        Args:
+            output: a stage's output folder.
+            accounts: files that no later stage reads; they stay out of the content digest.
 
         Raises:
             StoreError: there are none, or one is a link that leads out of the folder.
@@ -122,9 +128,13 @@ class Store:
                 continue
             if path.is_symlink():
                 raise StoreError(f"{path}: an artifact holds files, not links")
+            name = relative.as_posix()
             records.append(
                 FileRecord(
-                    path=relative.as_posix(), size=path.stat().st_size, sha256=file_sha256(path)
+                    path=name,
+                    size=path.stat().st_size,
+                    sha256=file_sha256(path),
+                    content=name not in accounts,
                 )
             )
         if not records:
@@ -218,7 +228,7 @@ class Store:
 
 def content_digest(files: tuple[FileRecord, ...]) -> str:
     """The digest of an artifact's content."""
-    return files_digest((file.path, file.sha256) for file in files)
+    return files_digest((file.path, file.sha256) for file in files if file.content)
 
 
 def _keep_history(work: Path, folder: Path) -> None:

@@ -22,7 +22,7 @@ model: {model}
 datasets:
   chats: {{source: {rows}}}
 stages:
-  - prepare: {{dataset: chats, held_out: 0.3}}
+  - prepare: {{dataset: chats, split: {{validation: 0.3}}}}
   - sft:
       dataset: chats
       adapter: {{rank: 16}}

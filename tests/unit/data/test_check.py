@@ -57,7 +57,16 @@ def test_nothing_but_bad_rows_is_a_problem_even_if_skipped(here: Path) -> None:
 def test_empty_file(here: Path) -> None:
     (here / "a.jsonl").write_text("\n")
     _, (problem,) = check_dataset("a", DatasetSpec(source="a.jsonl"), None)
-    assert problem.message == "a.jsonl: holds no rows"
+    assert problem.message == "a.jsonl:1: the file is empty"
+    (here / "a.csv").write_text("text\n")
+    _, (problem,) = check_dataset("a", DatasetSpec(source="a.csv"), None)
+    assert problem.message == "a.csv: holds no rows"
+
+
+def test_columns_that_fit_no_format_are_one_problem(here: Path) -> None:
+    (here / "a.jsonl").write_text('{"question": "x"}\n' * 5)
+    _, (problem,) = check_dataset("a", DatasetSpec(source="a.jsonl"), None)
+    assert problem.message.count("no format fits the columns (question)") == 1
 
 
 def test_only_the_first_rows_are_read(here: Path) -> None:

@@ -1,15 +1,29 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from posttrain.data.formats import convert, detect, read_rows
 from posttrain.data.records import BadRecord, RawRecord
-from posttrain.data.rows import Chat, Document, KtoExample, Message, Messages, Preference
+from posttrain.data.rows import (
+    Chat,
+    Document,
+    KtoExample,
+    Message,
+    Messages,
+    Preference,
+    canonical_json,
+    content_json,
+)
 from posttrain.errors import DataError
 from posttrain.recipe import DatasetSpec, RowFormat
 
@@ -274,16 +288,173 @@ def test_ids_depend_on_content_and_position_alone(write: Any, tmp_path: Path) ->
     assert [item.id for item in moved if isinstance(item, Document)] == ids
 
 
+ODD = 'a "q" \\ / \b\f\n\r\t \x00\x1b\x7f \u2028 é \U0001f600 </x>'
+ODD_USER, ODD_REPLY = {**USER, "content": ODD}, {**REPLY, "content": "Hello " + ODD}
+
+
 @pytest.mark.parametrize(
-    ("name", "row_type", "count"),
+    ("fields", "identity"),
     [
-        ("alpaca_en_demo.json", Chat, 999),
-        ("dpo_en_demo.json", Preference, 300),
-        ("kto_en_demo.json", KtoExample, 300),
-        ("c4_demo.jsonl", Document, 300),
-        ("wiki_demo.txt", Document, 30),
+        ({"text": ODD}, "96ac81c613b78024"),
+        ({"prompt": ODD, "completion": "Hello"}, "0f952f60d9a86d4c"),
+        ({"instruction": ODD, "input": "1", "output": "x", "system": "s"}, "b6b8d4678a03c3af"),
+        ({"messages": [ODD_USER, ODD_REPLY]}, "8678d0f113f726ab"),
+        (
+            {"conversations": [{"from": "human", "value": ODD}, {"from": "gpt", "value": "y"}]},
+            "5bd66b2a1d98e27e",
+        ),
+        ({"prompt": [ODD_USER], "chosen": [ODD_REPLY], "rejected": [WORSE]}, "58f7212329186834"),
+        ({"messages": [ODD_USER, ODD_REPLY], "label": True}, "45a498bd083a304f"),
+        ({"messages": [ODD_USER, ODD_REPLY], "label": False}, "d69cc43658922616"),
     ],
 )
-def test_real_files_are_read_whole(real_data: Path, name: str, row_type: type, count: int) -> None:
-    rows = read_rows(DatasetSpec(source=str(real_data / name)))
+def test_ids_stay_what_they_always_were(fields: dict[str, Any], identity: str) -> None:
+    # Ids stand in ledgers and in the lineage of models that exist.
+    record = RawRecord("dir/ä.jsonl", 17, fields)
+    made = convert(record, detect(record))
+    assert not isinstance(made, BadRecord)
+    assert made.id == identity
+    extra = RawRecord(record.file, 17, {**fields, "category": "a", "date": 2024, "score": 1})
+    assert row_of(extra).id == identity
+
+
+def row_of(record: RawRecord) -> Any:
+    return convert(record, detect(record))
+
+
+@given(text=st.text(), others=st.lists(st.text(), max_size=3), label=st.booleans())
+def test_canonical_json_is_sorted_and_escapes_as_little_as_json_allows(
+    text: str, others: list[str], label: bool
+) -> None:
+    turns = [Message("user", other) for other in others]
+    content: dict[str, Any] = {"z": text, "a": label, "messages": tuple(turns)}
+    plain = {**content, "messages": [{"role": "user", "content": other} for other in others]}
+    assert canonical_json(content) == json.dumps(
+        plain, ensure_ascii=False, sort_keys=True, separators=(",", ":")
+    )
+    document = Document(id="", file="a", row=1, text=text, category="x")
+    assert json.loads(content_json(document)) == {"text": text}
+
+
+EVERY_FORMAT = [
+    {"text": "x"},
+    {"prompt": "Hi", "completion": "Hello"},
+    {"instruction": "Hi", "output": "Hello"},
+    {"messages": [USER, REPLY]},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+    {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"},
+    {"prompt": "Hi", "completion": "Hello", "label": True},
+]
+
+
+@pytest.mark.parametrize("fields", EVERY_FORMAT)
+def test_category_date_and_score_are_kept_in_every_format(fields: dict[str, Any]) -> None:
+    bare = row(fields)
+    assert (bare.category, bare.date, bare.score) == (None, None, None)
+    made = row({**fields, "category": "law", "date": "2024-05-01", "score": 3})
+    assert (made.category, made.date, made.score) == ("law", "2024-05-01", 3.0)
+    assert isinstance(made.score, float)
+
+
+NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "kept"),
+    [
+        ("category", None, None),
+        ("category", " ", None),
+        ("category", " law ", "law"),
+        ("category", 3, "3"),
+        ("category", True, "true"),
+        ("score", None, None),
+        ("score", "", None),
+        ("score", 0, 0.0),
+        ("score", " -1.5e3 ", -1500.0),
+        ("score", Decimal("0.25"), 0.25),
+        ("date", None, None),
+        ("date", "  ", None),
+        ("date", "May 2024", "May 2024"),
+        ("date", " 2024-05-01 ", "2024-05-01"),
+        ("date", "2024-05-01T14:00:00+02:00", "2024-05-01T12:00:00"),
+        ("date", "2024-05-01 12:00:00Z", "2024-05-01T12:00:00"),
+        ("date", NOON, "2024-05-01T12:00:00"),
+        ("date", NOON.astimezone(timezone(timedelta(hours=2))), "2024-05-01T12:00:00"),
+        ("date", NOON.replace(tzinfo=None), "2024-05-01T12:00:00"),
+        ("date", date(2024, 5, 1), "2024-05-01"),
+        ("date", 2024, "2024"),
+        ("date", 2024.0, "2024"),
+        ("date", 2024_05_01, "2024-05-01"),
+        ("date", 1_714_564_800, "2024-05-01T12:00:00"),
+        ("date", 1_714_564_800_500, "2024-05-01T12:00:00.500000"),
+        ("date", 1_714_564_800_000_000, "2024-05-01T12:00:00"),
+        ("date", 1_714_564_800_000_000_000, "2024-05-01T12:00:00"),
+    ],
+)
+def test_values_of_category_date_and_score(column: str, value: object, kept: object) -> None:
+    assert getattr(row({"text": "x", column: value}), column) == kept
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("category", 1.5, "`category` must be a text or a whole number, not 1.5"),
+        ("category", ["a"], "`category` must be a text or a whole number, not ['a']"),
+        ("category", "\ud800", "`category` has half a surrogate pair"),
+        ("score", "high", "`score` must be a number, not 'high'"),
+        ("score", True, "`score` must be a number, not True"),
+        ("score", float("nan"), "`score` must be a number, not nan"),
+        ("score", "inf", "`score` must be a number, not 'inf'"),
+        ("score", 10**400, "`score` must be a number, not 1000"),
+        ("score", {"a": 1}, "`score` must be a number, not {'a': 1}"),
+        ("score", "x" * 10_000, "`score` must be a number, not 'xxx"),
+        ("date", 2024_13_01, "`date` must be a date as text, such as 2024-05-01, not 20241301"),
+        ("date", 0, "`date` must be a date"),
+        ("date", -5, "`date` must be a date"),
+        ("date", 12_345, "`date` must be a date"),
+        ("date", 10**30, "`date` must be a date"),
+        ("date", 1.5, "`date` must be a date"),
+        ("date", True, "`date` must be a date"),
+        ("date", ["2024"], "`date` must be a date"),
+        ("date", "\ud800", "`date` has half a surrogate pair"),
+    ],
+)
+def test_bad_category_date_and_score_name_column_and_value(
+    column: str, value: object, reason: str
+) -> None:
+    bad = row({"text": "x", column: value})
+    assert isinstance(bad, BadRecord)
+    assert bad.reason.startswith(reason)
+    assert len(bad.reason) < 200
+
+
+@given(st.datetimes(timezones=st.just(UTC)), st.datetimes(timezones=st.just(UTC)))
+def test_dates_sort_as_text_as_they_do_in_time(one: datetime, other: datetime) -> None:
+    shown = [row({"text": "x", "date": time}).date for time in (one, other)]
+    assert (shown[0] < shown[1]) == (one < other)
+
+
+def test_score_may_be_renamed_and_kto_keeps_its_label(write: Any) -> None:
+    record = {"prompt": "Hi", "completion": "Hello", "label": False, "rating": "4.5", "topic": 7}
+    (made,) = read_rows(write(record, columns={"score": "rating", "category": "topic"}))
+    assert isinstance(made, KtoExample)
+    assert (made.label, made.score, made.category) == (False, 4.5, "7")
+
+
+@pytest.mark.parametrize(
+    ("name", "row_type", "count", "ids"),
+    [
+        ("alpaca_en_demo.json", Chat, 999, "b970d84f416126ce"),
+        ("dpo_en_demo.json", Preference, 300, "29f1af6a85977a97"),
+        ("kto_en_demo.json", KtoExample, 300, "bc44300f7ee80c01"),
+        ("c4_demo.jsonl", Document, 300, "ea277260bbbb265f"),
+        ("wiki_demo.txt", Document, 30, "0a206be83fe7c392"),
+    ],
+)
+def test_real_files_are_read_whole(
+    real_data: Path, name: str, row_type: type, count: int, ids: str
+) -> None:
+    rows = list(read_rows(DatasetSpec(source=str(real_data / name))))
     assert Counter(type(item) for item in rows) == {row_type: count}
+    joined = "".join(item.id for item in rows if not isinstance(item, BadRecord))
+    assert hashlib.sha256(joined.encode()).hexdigest().startswith(ids)

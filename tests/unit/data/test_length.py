@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from posttrain.data.length import Length, trainable_characters, whole_characters
+from posttrain.data.operations.length import Length, trainable_characters, whole_characters
 from posttrain.data.rows import Chat, Document, KtoExample, Message, Preference, Row
 from posttrain.recipe.prepare import LengthBounds
+from tests.unit.data.corpora import decide, documents
 
 USER, ANSWER, WORSE = (
     Message("user", "12345"),
@@ -39,8 +42,8 @@ def test_lower_bound_is_on_answers_and_upper_bound_on_all(
     assert whole_characters(row) == whole
 
     def reason(**bounds: int) -> str | None:
-        (decision,) = Length(LengthBounds(**bounds)).apply([row])
-        return decision.reason
+        drops = decide(Length(LengthBounds(**bounds)), [row]).drops
+        return drops[0].reason if drops else None
 
     assert reason(min_characters=trainable, max_characters=whole) is None
     assert reason(min_characters=trainable + 1) == "too short"
@@ -49,5 +52,16 @@ def test_lower_bound_is_on_answers_and_upper_bound_on_all(
 
 def test_detail_has_the_numbers() -> None:
     row = Document(text="x" * 1_200, id="x", file="a", row=1)
-    (decision,) = Length(LengthBounds(max_characters=1_000)).apply([row])
-    assert decision.detail == "1,200 characters, max_characters is 1,000"
+    drops = decide(Length(LengthBounds(max_characters=1_000)), [row]).drops
+    assert drops[0].detail == "1,200 characters; at most 1,000"
+
+
+def test_tokens_are_those_of_the_model(tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    texts = ["word " * 40, "another text with några ord " * 3, "x"]
+    tokens = [len(AutoTokenizer.from_pretrained(tiny_model)(text)["input_ids"]) for text in texts]
+    config = LengthBounds(max_tokens=tokens[1])
+    drops = decide(Length(config, tiny_model), documents(texts)).drops
+    assert {row: drop.reason for row, drop in drops.items()} == {0: "too many tokens"}
+    assert drops[0].detail == f"{tokens[0]:,} tokens; at most {tokens[1]:,}"

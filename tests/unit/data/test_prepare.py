@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.data.prepared import PreparedDataset
+from posttrain.data.prepared import Counts, PreparedDataset
 from posttrain.data.sources import source_digest
 from posttrain.errors import DataError
 from posttrain.recipe import DatasetSpec, PrepareConfig
@@ -59,15 +59,15 @@ def test_every_row_is_accounted_for(tmp_path: Path) -> None:
     )
     bounds = {"min_characters": 2, "max_characters": 100}
     result, dataset = prepare(tmp_path / "stage", spec, length=bounds)
-    counts = dataset.counts
-    assert (counts.rows_in, counts.bad, counts.train + counts.held_out) == (45, 1, 41)
+    counts = Counts.model_validate(result.details)
+    assert (counts.rows_in, counts.bad, counts.train + counts.validation) == (45, 1, 41)
     assert counts.dropped == {
         "length": {"too long": 1, "too short": 1},
         "exact_dedup": {"duplicate": 1},
     }
-    assert (len(dataset.train()), len(dataset.held_out())) == (counts.train, counts.held_out)
+    assert (len(dataset.train()), len(dataset.validation())) == (counts.train, counts.validation)
     assert result.headline == (
-        f"45 rows -> {counts.train} train + {counts.held_out} held out "
+        f"45 rows -> {counts.train} train + {counts.validation} validation "
         "(4 dropped: 1 too long, 1 too short, 1 duplicate, 1 bad)"
     )
     assert result.metrics["rows_in"] == 45
@@ -79,28 +79,35 @@ def test_every_row_is_accounted_for(tmp_path: Path) -> None:
     assert (duplicate.verdict, duplicate.operation) == ("drop", "exact_dedup")
     assert duplicate.kept_id == ledger[3].id
     assert (bad.verdict, bad.detail, bad.split) == ("bad", "`text` is empty", None)
-    assert long.detail == "101 characters, max_characters is 100"
+    assert long.detail == "101 characters; at most 100"
     kept = {line.id: line.split for line in ledger if line.verdict == "keep"}
     assert kept == {
         **{row.id: "train" for row in dataset.train()},
-        **{row.id: "held_out" for row in dataset.held_out()},
+        **{row.id: "validation" for row in dataset.validation()},
     }
+    sides = {"train": dataset.train(), "validation": dataset.validation()}
+    for line in ledger:
+        if line.verdict == "keep":
+            assert line.split is not None
+            assert line.output is not None
+            assert sides[line.split][line.output].id == line.id
 
 
 def test_case_and_dedup_are_settings(tmp_path: Path) -> None:
     spec = write_rows(tmp_path / "a.jsonl", *({"text": text} for text in ("a", "A", "b", "b")))
-    assert prepare(tmp_path / "1", spec)[1].counts.rows_dropped == 1
-    assert (
-        prepare(tmp_path / "2", spec, exact_dedup={"ignore_case": True})[1].counts.rows_dropped == 2
-    )
-    assert prepare(tmp_path / "3", spec, exact_dedup=None)[1].counts.rows_dropped == 0
+
+    def rows_dropped(name: str, **config: Any) -> int:
+        result, _ = prepare(tmp_path / name, spec, **config)
+        return Counts.model_validate(result.details).rows_dropped
+
+    assert rows_dropped("1") == 1
+    assert rows_dropped("2", exact_dedup={"ignore_case": True}) == 2
+    assert rows_dropped("3", exact_dedup=None) == 0
 
 
 def test_empty_side_is_an_error(tmp_path: Path) -> None:
     spec = write_rows(tmp_path / "a.jsonl", {"text": "short"}, {"text": "much longer text"})
-    with pytest.raises(
-        DataError, match=r"no (training|held-out) row is left: 2 rows -> .* 1 too long"
-    ):
+    with pytest.raises(DataError, match="cannot keep rows away from training: 1 rows with 1"):
         prepare(tmp_path / "stage", spec, length={"max_characters": 10})
     with pytest.raises(DataError, match="no row can be used"):
         prepare(tmp_path / "none", write_rows(tmp_path / "b.jsonl", {"text": ""}))
@@ -129,13 +136,9 @@ def test_real_data_gives_the_same_bytes_twice(real_data: Path, tmp_path: Path, n
         assert done.returncode == 0, done.stderr
         assert read_result(folder) is not None
         outputs.append({path.name: path.read_bytes() for path in (folder / "output").iterdir()})
-    assert outputs[0] == outputs[1]
-    assert set(outputs[0]) == {
-        "train.parquet",
-        "held_out.parquet",
-        "ledger.parquet",
-        "dataset.json",
-    }
+    data = {"train.parquet", "validation.parquet", "test.parquet", "ledger.parquet", "dataset.json"}
+    assert set(outputs[0]) == data | {"report.html", "report.json"}
+    assert all(outputs[0][name] == outputs[1][name] for name in data)
 
 
 def test_program_leaves_its_last_words(tmp_path: Path) -> None:
@@ -144,5 +147,5 @@ def test_program_leaves_its_last_words(tmp_path: Path) -> None:
     assert run_program(folder).returncode == 1
     last = json.loads((folder / "events.jsonl").read_text().splitlines()[-1])
     assert last["event"] == "error"
-    assert "cannot hold rows out for validation: 1 row" in last["message"]
+    assert "cannot keep rows away from training: 1 row" in last["message"]
     assert read_result(folder) is None

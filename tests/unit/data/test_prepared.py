@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.data.prepared import Counts, LedgerLine, PreparedDataset, write_prepared
+from posttrain.data.prepared import PreparedDataset, write_dataset
 from posttrain.data.rows import (
     Chat,
     Document,
@@ -24,7 +24,16 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 MESSAGES = st.lists(
     st.builds(Message, st.sampled_from(["system", "user", "assistant", "tool"]), TEXT), max_size=3
 ).map(tuple)
-ORIGIN = {"id": TEXT, "file": TEXT, "row": st.integers(1, 2**40), "subject": st.none() | TEXT}
+ORIGIN = {
+    # An id is 16 hex digits; validation rows of equal content are ordered by it.
+    "id": st.text("0123456789abcdef", min_size=16, max_size=16),
+    "file": TEXT,
+    "row": st.integers(1, 2**40),
+    "subject": st.none() | TEXT,
+    "category": st.none() | TEXT,
+    "date": st.none() | TEXT,
+    "score": st.none() | st.floats(allow_nan=False),
+}
 ROWS: st.SearchStrategy[list[Row]] = st.one_of(
     st.lists(st.builds(Document, text=TEXT, **ORIGIN), max_size=5),
     st.lists(st.builds(Chat, messages=MESSAGES, **ORIGIN), max_size=5),
@@ -37,19 +46,11 @@ ROWS: st.SearchStrategy[list[Row]] = st.one_of(
         max_size=5,
     ),
 )
-LINE = LedgerLine("x", "a.jsonl", 7, "drop", "length", "too long", "9 > 8", "train", None)
 
 
-def write(folder: Path, train: list[Row], held_out: list[Row]) -> PreparedDataset:
-    counts = Counts(
-        rows_in=len(train) + len(held_out) + 1,
-        train=len(train),
-        held_out=len(held_out),
-        bad=0,
-        dropped={"length": {"too long": 1}},
-    )
-    family = family_of((train + held_out)[0]) if train + held_out else "documents"
-    write_prepared(folder, family, counts, train, held_out, [LINE])
+def write(folder: Path, train: list[Row], validation: list[Row]) -> PreparedDataset:
+    family = family_of((train + validation)[0]) if train + validation else "documents"
+    write_dataset(folder, family, {"train": train, "validation": validation})
     return PreparedDataset.open(folder)
 
 
@@ -59,9 +60,8 @@ def test_rows_survive_a_round_trip(rows: list[Row]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         dataset = write(Path(folder), rows, rows)
         assert dataset.train() == rows
-        assert sorted(dataset.held_out(), key=repr) == sorted(rows, key=repr)
-        assert dataset.ledger() == [LINE]
-        assert dataset.counts.rows_dropped == 1
+        assert sorted(dataset.validation(), key=repr) == sorted(rows, key=repr)
+        assert dataset.sizes == {"train": len(rows), "validation": len(rows), "test": 0}
 
 
 def test_limits_and_order(tmp_path: Path) -> None:
@@ -70,11 +70,19 @@ def test_limits_and_order(tmp_path: Path) -> None:
     ]
     dataset = write(tmp_path / "one", rows, rows)
     assert dataset.train(limit=1_500) == rows[:1_500]
-    digests = [content_digest(row) for row in dataset.held_out()]
+    digests = [content_digest(row) for row in dataset.validation()]
     assert digests == sorted(digests)
-    assert dataset.held_out(limit=5) == dataset.held_out()[:5]
+    assert dataset.validation(limit=5) == dataset.validation()[:5]
     reordered = write(tmp_path / "two", rows, rows[::-1])
-    assert reordered.held_out(limit=5) == dataset.held_out(limit=5)
+    assert reordered.validation(limit=5) == dataset.validation(limit=5)
+
+
+def test_a_finished_model_is_measured_on_the_test_rows_if_there_are_any(tmp_path: Path) -> None:
+    rows: list[Row] = [Document(id=str(n), file="a", row=n, text=str(n)) for n in range(3)]
+    sides = {"train": rows[:1], "validation": rows[1:2], "test": rows[2:]}
+    write_dataset(tmp_path / "with", "documents", sides)  # type: ignore[arg-type]
+    assert PreparedDataset.open(tmp_path / "with").unseen() == rows[2:]
+    assert write(tmp_path / "without", rows[:1], rows[1:2]).unseen(1) == rows[1:2]
 
 
 def test_content_digest_is_about_content_alone() -> None:

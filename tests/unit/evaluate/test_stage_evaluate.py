@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.data.prepared import Counts, write_prepared
+from posttrain.data.prepared import write_dataset
 from posttrain.data.python_docs import choices
 from posttrain.data.rows import Chat, Document, Message, Preference
 from posttrain.errors import DataError
@@ -18,15 +18,8 @@ from posttrain.stages.evaluate import main
 OUTPUT = ("results.json", "items.parquet", "perplexity.parquet", "samples.json")
 
 
-def write_rows(folder: Path, family: str, train: list, held_out: list) -> Path:
-    counts = Counts(
-        rows_in=len(train) + len(held_out),
-        train=len(train),
-        held_out=len(held_out),
-        bad=0,
-        dropped={},
-    )
-    write_prepared(folder, family, counts, train, held_out, [])  # type: ignore[arg-type]
+def write_rows(folder: Path, family: str, train: list, validation: list) -> Path:
+    write_dataset(folder, family, {"train": train, "validation": validation})  # type: ignore[arg-type]
     return folder
 
 

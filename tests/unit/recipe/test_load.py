@@ -96,7 +96,7 @@ name: my assistant
 datasets:
   chats: {sorce: tickets.jsonl}
 stages:
-  - prepare: {dataset: chats, held_out: 1.5}
+  - prepare: {dataset: chats, split: {validation: 1.5}, order: [length]}
   - sft:
       dataset: chats
       adapter: {type: lora, rank: 0}
@@ -117,9 +117,8 @@ MISTAKES_REPORT = """\
 joined.
   datasets.chats.sorce (line 3): there is no such key; did you mean `source`?
     keys here: source, format, columns, split, subset, revision, limit, on_bad_row, license
-  stages[0].prepare.held_out (line 5): is 1.5: input should be less than 1
-    `held_out`: Share of rows kept away from training. Chosen by content, so adding rows moves no \
-row.
+  stages[0].prepare.split.validation (line 5): is 1.5: input should be less than 1
+    `validation`: Share of rows that the loss is measured on during training.
   stages[1].sft.adapter.rank (line 8): is 0: input should be greater than or equal to 1
     `rank`: Rank of the update. 8-16 suits format and style, 32-64 harder adaptation.
   stages[1].sft.dtype (line 9): is 'float8'
@@ -172,3 +171,36 @@ def test_what_changes_no_result_stays_out_of_the_fingerprint(recipe_file: Path) 
 @pytest.mark.parametrize("file", sorted(Path("configs").glob("*.yaml")), ids=lambda f: f.name)
 def test_every_recipe_in_configs_is_valid(file: Path) -> None:
     assert load_recipe(file).stages
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("order: [near_dedup]", "`order` leaves out length, exact_dedup, decontaminate; add it"),
+        ("split: {validation: 0.6, test: 0.4}", "leave nothing to train on"),
+        ("split: {test: 0.1, test_dataset: b}", "write either `test` (a share) or `test_dataset`"),
+        ("balance: {cap: 5, temperature: 2}", "write either `cap` or `temperature`"),
+    ],
+)
+def test_settings_that_contradict_each_other(
+    tmp_path: Path, settings: str, message: str
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "name: x\nmodel: m\ndatasets: {a: {source: a.jsonl}}\n"
+        f"stages:\n  - prepare: {{dataset: a, {settings}}}\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    assert message in str(caught.value)
+    assert "stages[0].prepare" in str(caught.value)
+
+
+def test_decontaminate_takes_a_list_of_benchmarks(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "name: x\nmodel: m\ndatasets: {a: {source: a.jsonl}}\n"
+        "stages:\n  - prepare: {dataset: a, decontaminate: [mmlu, hellaswag]}\n"
+    )
+    prepare = load_recipe(file).stages[0]
+    assert prepare.decontaminate.benchmarks == ("mmlu", "hellaswag")  # type: ignore[union-attr]

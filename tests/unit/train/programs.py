@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from posttrain.data.prepared import Counts, write_prepared
+from posttrain.data.prepared import write_dataset
 from posttrain.data.rows import Chat, Message
 from posttrain.events import EventReader, Progress
 from posttrain.stages.program import StageInput, StageJob, StageResult, read_result
@@ -38,8 +38,8 @@ def make_chats(count: int, seed: int = 0) -> list[Chat]:
 
 def make_dataset(folder: Path, train: int = 24, held_out: int = 8) -> Path:
     """A prepared dataset of chats."""
-    counts = Counts(rows_in=train + held_out, train=train, held_out=held_out, bad=0, dropped={})
-    write_prepared(folder, "chats", counts, make_chats(train), make_chats(held_out, seed=1), [])
+    rows = {"train": make_chats(train), "validation": make_chats(held_out, seed=1)}
+    write_dataset(folder, "chats", rows)  # type: ignore[arg-type]
     return folder
 
 

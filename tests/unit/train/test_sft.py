@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.data.prepared import Counts, write_prepared
+from posttrain.data.prepared import write_dataset
 from posttrain.data.rows import Document
 from posttrain.errors import DataError, ModelError, RecipeError
 from posttrain.recipe.sft import SftConfig
@@ -229,8 +229,7 @@ def test_documents_are_refused_with_the_formats_that_give_chats(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     rows = [Document(id=f"{n:016}", file="a.txt", row=n, text=f"text {n}") for n in range(1, 5)]
-    counts = Counts(rows_in=4, train=3, held_out=1, bad=0, dropped={})
-    write_prepared(tmp_path / "docs", "documents", counts, rows[:3], rows[3:], [])
+    write_dataset(tmp_path / "docs", "documents", {"train": rows[:3], "validation": rows[3:]})
     stage_dir = sft_stage_dir(tmp_path / "sft", tiny_model, tmp_path / "docs")
     with pytest.raises(DataError, match="alpaca, messages and sharegpt"):
         train(stage_dir)

@@ -5,32 +5,29 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.data.dedup import ExactDuplicates
-from posttrain.data.rows import Chat, Document, KtoExample, Message, Row
+from posttrain.data.operations.exact_dedup import ExactDuplicates
+from posttrain.data.rows import Chat, KtoExample, Message, Row
 from posttrain.data.split import group_key
 from posttrain.data.text import normalise
 from posttrain.recipe.prepare import ExactDedup
+from tests.unit.data import corpora
+from tests.unit.data.corpora import document, documents, drops_of
 
 
-def document(number: int, text: str) -> Document:
-    return Document(id=f"id{number}", file="a", row=number, text=text)
-
-
-def dropped(*rows: Row, ignore_case: bool = False) -> dict[str, str | None]:
-    """Id of every dropped row and of the one kept in its place."""
-    decisions = ExactDuplicates(ExactDedup(ignore_case=ignore_case)).apply(rows)
-    return {item.row.id: item.kept_id for item in decisions if item.reason == "duplicate"}
+def dropped(*rows: Row, ignore_case: bool = False) -> dict[int, int]:
+    """Number of every dropped row and of the one kept in its place."""
+    return corpora.dropped(ExactDuplicates(ExactDedup(ignore_case=ignore_case)), rows)
 
 
 def test_first_in_source_order_stays() -> None:
     rows = [document(1, "a b"), document(2, "c"), document(3, " a \n b"), document(4, "a b")]
-    assert dropped(*rows) == {"id3": "id1", "id4": "id1"}
+    assert dropped(*rows) == {3: 1, 4: 1}
 
 
 def test_unicode_forms_are_equal_and_case_is_a_choice() -> None:
     rows = [document(1, "Café"), document(2, "Cafe\u0301"), document(3, "CAFÉ")]
-    assert dropped(*rows) == {"id2": "id1"}
-    assert dropped(*rows, ignore_case=True) == {"id2": "id1", "id3": "id1"}
+    assert dropped(*rows) == {2: 1}
+    assert dropped(*rows, ignore_case=True) == {2: 1, 3: 1}
 
 
 def test_roles_turns_and_labels_make_a_difference() -> None:
@@ -71,11 +68,29 @@ def test_normalising_twice_changes_nothing(text: str) -> None:
         assert unicodedata.is_normalized("NFC", once)
 
 
-@given(st.lists(st.sampled_from("abcde"), max_size=20))
-def test_every_distinct_text_is_kept_once(texts: list[str]) -> None:
-    decisions = list(
-        ExactDuplicates(ExactDedup()).apply([document(i, text) for i, text in enumerate(texts)])
-    )
-    kept = [item.row for item in decisions if item.reason is None]
-    assert [row.text for row in kept if isinstance(row, Document)] == list(dict.fromkeys(texts))
-    assert len(decisions) == len(texts)
+@given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=20), st.integers(1, 9))
+def test_every_distinct_text_is_kept_once(texts: list[str], batch_size: int) -> None:
+    drops = drops_of(ExactDuplicates(ExactDedup()), documents(texts), batch_size)
+    kept = [text for row, text in enumerate(texts) if row not in set(drops.rows)]
+    assert kept == list(dict.fromkeys(texts))
+    assert all(texts[row] == texts[kept] for row, kept in zip(drops.rows, drops.kept, strict=True))
+
+
+@given(
+    st.lists(st.sampled_from(["a b", "a  b", "A b", "c"]), min_size=1, max_size=12), st.randoms()
+)
+def test_what_is_said_does_not_depend_on_the_order(texts: list[str], random: object) -> None:
+    shuffled = texts.copy()
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    said = []
+    for order in (texts, shuffled):
+        gone = set(drops_of(ExactDuplicates(ExactDedup()), documents(order)).rows)
+        said.append(sorted(normalise(t) for row, t in enumerate(order) if row not in gone))
+    assert said[0] == said[1]
+
+
+def test_rows_of_another_dataset_push_ours_out_and_are_never_dropped() -> None:
+    rows = documents(["theirs", "theirs", "ours", "theirs", "ours"])
+    config = ExactDedup(against=("other",))
+    drops = drops_of(ExactDuplicates(config), rows, foreign=[True, True, False, False, False])
+    assert (drops.rows.tolist(), drops.kept.tolist()) == ([3, 4], [0, 2])

@@ -1,0 +1,1 @@
+"""Cleaning operations, one module each. `base` holds their contract."""
