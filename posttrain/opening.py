@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from posttrain.errors import DataError, ModelError, Problem, RecipeError
@@ -10,7 +10,7 @@ from posttrain.evaluate.python_docs_task import TASKS
 from posttrain.model_reference import ModelReference, resolve_model
 from posttrain.models import has_chat_template
 from posttrain.pipeline import Pipeline, Rows, build_pipeline
-from posttrain.recipe import EvaluateConfig, Recipe, RowFamily, SftConfig
+from posttrain.recipe import EvaluateConfig, MixConfig, PrepareConfig, Recipe, RowFamily, SftConfig
 from posttrain.recipe.load import load_recipe
 from posttrain.store import Store
 
@@ -59,10 +59,12 @@ def _open_datasets(recipe: Recipe, store: Store, problems: list[Problem]) -> dic
     from posttrain.data.sources import pin_revision, source_digest
 
     rows: dict[str, Rows] = {}
+    families: dict[str, RowFamily | None] = {}
     for name, spec in recipe.datasets.items():
         rows[name] = Rows(name, spec, digest="")
-        _, found = check_dataset(name, spec, _wanted_family(recipe, name))
-        problems += found
+        family, found = check_dataset(name, spec, _wanted_family(recipe, name))
+        families[name] = family
+        problems += found + _cleaning_problems(recipe, name, family)
         if found:
             continue
         try:
@@ -70,15 +72,49 @@ def _open_datasets(recipe: Recipe, store: Store, problems: list[Problem]) -> dic
             rows[name] = Rows(name, pinned, source_digest(pinned, store.digests))
         except DataError as error:
             problems.append(Problem(f"datasets.{name}.source", str(error)))
+    problems += _mix_problems(recipe, families)
     return rows
 
 
 def _wanted_family(recipe: Recipe, dataset: str) -> RowFamily | None:
     """What the stages that use a dataset need of it."""
     for stage in recipe.stages:
-        if isinstance(stage, SftConfig) and stage.dataset == dataset:
+        if isinstance(stage, SftConfig) and dataset in recipe.made_of(stage.dataset):
             return "chats"
     return None
+
+
+def _cleaning_problems(recipe: Recipe, dataset: str, family: RowFamily | None) -> list[Problem]:
+    """Quality rules are for one kind of rows and would throw away half of another."""
+    problems = []
+    for position, stage in enumerate(recipe.stages):
+        if not isinstance(stage, PrepareConfig) or stage.dataset != dataset or family is None:
+            continue
+        where = f"stages[{position}].prepare"
+        if stage.document_quality is not None and family != "documents":
+            message = f"these rules are for documents, and `{dataset}` holds {family}"
+            problems.append(Problem(f"{where}.document_quality", message, "use `answer_quality`"))
+        if stage.answer_quality is not None and family == "documents":
+            message = f"these rules are for answers, and `{dataset}` holds documents"
+            problems.append(Problem(f"{where}.answer_quality", message, "use `document_quality`"))
+    return problems
+
+
+def _mix_problems(recipe: Recipe, families: Mapping[str, RowFamily | None]) -> list[Problem]:
+    """A mix is of one kind of rows. What is not known yet (a Hub dataset's) is checked later."""
+    problems = []
+    for position, stage in enumerate(recipe.stages):
+        if not isinstance(stage, MixConfig):
+            continue
+        known = [(name, families.get(name)) for name in recipe.made_of(stage.name)]
+        found = [(name, family) for name, family in known if family is not None]
+        for name, family in found[1:]:
+            if family != found[0][1]:
+                message = f"`{found[0][0]}` holds {found[0][1]} and `{name}` holds {family}"
+                fix = "mix datasets of one kind, and write a mix for each kind"
+                problems.append(Problem(f"stages[{position}].mix", message, fix))
+                break
+    return problems
 
 
 def _benchmark_problems(recipe: Recipe) -> list[Problem]:
@@ -95,7 +131,7 @@ def _benchmark_problems(recipe: Recipe) -> list[Problem]:
             continue
         ours = [task for task in stage.tasks if task in TASKS]
         dataset = stage.dataset or (trained[-1] if trained else None)
-        if ours and dataset not in built_in:
+        if ours and (dataset is None or built_in.isdisjoint(recipe.made_of(dataset))):
             problems.append(
                 Problem(
                     f"stages[{position}].evaluate.tasks",

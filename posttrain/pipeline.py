@@ -22,6 +22,7 @@ from posttrain.recipe import (
     EvaluateConfig,
     GateConfig,
     MergeConfig,
+    MixConfig,
     PreflightConfig,
     PrepareConfig,
     Recipe,
@@ -30,6 +31,7 @@ from posttrain.recipe import (
     result_config,
 )
 from posttrain.recipe.base import ArtifactKind
+from posttrain.recipe.mix import MIXED
 from posttrain.recipe.prepare import AGAINST, Decontaminate
 from posttrain.stages.program import StageInput, StageJob
 from posttrain.store import Artifact, InputRecord
@@ -234,14 +236,17 @@ class _Builder:
         self.current: Input = self.base
         self.last_dataset: str | None = None
         for config in self.recipe.stages:
-            if isinstance(config, SftConfig) and config.dataset in self.rows:
-                self._add_preflight(config)
+            if isinstance(config, SftConfig):
+                for name in self.recipe.made_of(config.dataset):
+                    self._add_preflight(config, name)
 
     def add_stage(self, position: int, config: StageConfig) -> None:
         where = f"stages[{position}].{config.stage}"
         match config:
             case PrepareConfig():
                 self._add_prepare(where, config)
+            case MixConfig():
+                self._add_mix(where, config)
             case SftConfig():
                 self._add_sft(where, config)
             case MergeConfig():
@@ -253,12 +258,14 @@ class _Builder:
 
     # One method a stage kind
 
-    def _add_preflight(self, config: SftConfig) -> None:
+    def _add_preflight(self, config: SftConfig, dataset: str) -> None:
         """Check the rows of a training stage against the base, once for equal checks."""
+        if dataset not in self.rows:
+            return
         check = PreflightConfig(
             max_length=config.batching.max_length, extra_args=tuple(config.extra_args)
         )
-        inputs = {"model": self.base, "rows": self.rows[config.dataset]}
+        inputs = {"model": self.base, "rows": self.rows[dataset]}
         if not any((step.config, step.inputs) == (check, inputs) for step in self.steps):
             self._add("preflight", check, inputs)
 
@@ -293,6 +300,15 @@ class _Builder:
         config = config.model_copy(update={"decontaminate": decontaminate})
         name = config.name or self._prepare_name(config.dataset)
         self.prepared[config.dataset] = self._add(name, config, inputs)
+
+    def _add_mix(self, where: str, config: MixConfig) -> None:
+        if config.name in self.rows or config.name in self.prepared:
+            message = f"there is a dataset `{config.name}` already"
+            self._problem(f"{where}.name", message, "give the mix a name of its own")
+            return
+        prepared = {name: self._prepare(where, name) for name in config.datasets}
+        inputs = {MIXED + name: output for name, output in prepared.items() if output is not None}
+        self.prepared[config.name] = self._add("mix", config, inputs)
 
     def _decontaminate(self, where: str, config: Decontaminate | None) -> Decontaminate | None:
         """The settings with the evaluation sets of the recipe filled in; None without any.
@@ -415,6 +431,11 @@ class _Builder:
     def _prepare(self, where: str, dataset: str) -> Output | None:
         """The prepared dataset; with default settings where no stage says otherwise."""
         if dataset not in self.prepared:
+            mixes = [stage.name for stage in self.recipe.stages if isinstance(stage, MixConfig)]
+            if dataset in mixes and dataset not in self.rows:
+                message = f"`{dataset}` is mixed by a later stage"
+                self._problem(where, message, "move that stage up")
+                return None
             rows = self._dataset(where, dataset)
             if rows is None:
                 return None

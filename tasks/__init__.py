@@ -4,12 +4,13 @@ from tasks.convert import convert
 from tasks.evaluate import evaluate
 from tasks.gate import gate
 from tasks.merge import merge
+from tasks.mix import mix
 from tasks.preflight import preflight
 from tasks.prepare import prepare
 from tasks.sft import sft
 
 STAGE_TASKS = {
-    task.name: task for task in (convert, preflight, prepare, sft, merge, evaluate, gate)
+    task.name: task for task in (convert, preflight, prepare, mix, sft, merge, evaluate, gate)
 }
 """The task of each kind of stage."""
 

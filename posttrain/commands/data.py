@@ -201,12 +201,13 @@ def _prepare(
     events = _Events(quiet)
     index = None
     if config.decontaminate is not None and config.decontaminate.benchmarks:
-        from posttrain.data.operations.decontaminate import build_index
+        from posttrain.data.contamination import build_index
 
         events.phase(f"indexing the items of {', '.join(config.decontaminate.benchmarks)}")
         index = build_index(config.decontaminate, scratch / "contamination")
     shown = ", ".join(source)
-    sources: Sources = Sources(name=shown, rows=spec, shown=shown, contamination=index)
+    name = Path(source[0]).name
+    sources: Sources = Sources(name=name, rows=spec, shown=shown, contamination=index)
     done = prepare_dataset(sources, config, output, scratch, events, processes)
     report = report_of(done)
     write_json(output / "report.json", report.model_dump(mode="json"))

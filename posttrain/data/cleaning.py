@@ -29,6 +29,7 @@ from posttrain.data.operations.base import (
     RowOperation,
     Sketcher,
 )
+from posttrain.data.rows import Row
 from posttrain.data.shards import Shard, write_batch
 from posttrain.data.words import hash_words
 
@@ -279,6 +280,7 @@ class Cleaning:
     def record(self, name: str, drops: CorpusDrops, report: OperationReport) -> None:
         """Mark rows that were dropped by looking at all."""
         report.dropped[drops.reason] += len(drops.rows)
+        report.found.update(drops.found)
         for number, row in enumerate(drops.rows):
             detail = drops.details[number] if drops.details else None
             self.fates.drop(int(row), name, Drop(drops.reason, detail), int(drops.kept[number]))
@@ -369,6 +371,7 @@ def _examples(name: str, batch: RowBatch, decisions: Decisions, first: int) -> l
     """Some rows of each reason: dropped ones as they were, edited ones as they are now."""
     shown: Counter[str] = Counter()
     examples = []
+    changes: list[tuple[int, str, str | None, Row | None]]
     changes = [(p, d.reason, d.detail, None) for p, d in decisions.drops.items()]
     changes += [(p, "edited", e.detail, e.row) for p, e in decisions.edits.items()]
     for position, reason, detail, edited in changes:

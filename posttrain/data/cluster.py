@@ -8,6 +8,8 @@ and equals what `posttrain.data.near_duplicates` does in one process.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from types import ModuleType
 from posttrain.data import cluster_stages as stages
 from posttrain.data import kernels
 from posttrain.data.cluster_job import DedupJob
-from posttrain.errors import DataError
+from posttrain.errors import DataError, UsageError
 
 __all__ = ["DedupJob", "Stage", "Step", "Summary", "pipelines", "run_local", "run_slurm", "summary"]
 
@@ -135,6 +137,7 @@ def run_slurm(
     time: str,
     workers: int = -1,
     memory_gb: int = 4,
+    resolve_memory_gb: int | None = None,
     qos: str | None = None,
     env_command: str | None = None,
     sbatch_args: dict[str, str] | None = None,
@@ -147,16 +150,26 @@ def run_slurm(
         time: Limit of a task, such as `04:00:00`.
         workers: Tasks of a stage that run at once; -1 for as many as Slurm gives.
         memory_gb: Of a task.
+        resolve_memory_gb: Of the one task of `resolve`, which alone sees all similar pairs; as
+            the others by default.
         qos: Slurm quality of service.
         env_command: Shell line that makes this environment's programs available, such as
             `source /shared/venv/bin/activate`.
         sbatch_args: Further options of sbatch, by long name.
 
     Raises:
+        UsageError: Slurm cannot be used from here.
         DataError: an input or the work folder cannot be used.
     """
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
+    if shutil.which("sbatch") is None:
+        raise UsageError("run_slurm: no `sbatch` here; call it on a login node, or use run_local")
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        raise UsageError("run_slurm: called within a Slurm job array; call it on a login node")
+    # A failed task ends the stages after it; else they would stay queued for ever.
+    options = {"kill-on-invalid-dep": "yes", **(sbatch_args or {})}
+    memory = {"resolve": resolve_memory_gb or memory_gb}
     before = None
     for stage in pipelines(job):
         before = SlurmPipelineExecutor(
@@ -165,10 +178,10 @@ def run_slurm(
             workers=workers,
             time=time,
             partition=partition,
-            mem_per_cpu_gb=memory_gb,
+            mem_per_cpu_gb=memory.get(stage.name, memory_gb),
             qos=qos,
             env_command=env_command,
-            sbatch_args=sbatch_args,
+            sbatch_args=options,
             job_name=f"dedup-{stage.name}",
             logging_dir=str(stage.logs),
             depends=before,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from posttrain.data.near_duplicates import _chunks, _parse
+from posttrain.data.near_duplicates import line_chunks, parse_texts
 from posttrain.errors import DataError
 from posttrain.store.files import temporary_beside
 
@@ -30,9 +30,9 @@ def read_texts(path: Path, column: str) -> Iterator[pa.Array]:
     if path.suffix == ".parquet":
         yield from _read_parquet(path, column)
         return
-    for name, lines in _chunks([path]):
+    for name, lines in line_chunks([path]):
         if lines:
-            yield _parse(name, lines, column)
+            yield parse_texts(name, lines, column)
 
 
 def copy_rows(path: Path, out: Path, dropped: np.ndarray) -> int:
@@ -83,7 +83,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
 def _copy_lines(path: Path, out: Path, dropped: np.ndarray) -> int:
     first = 0
     with out.open("wb") as file:
-        for _, lines in _chunks([path]):
+        for _, lines in line_chunks([path]):
             if lines and not lines[-1].endswith(b"\n"):
                 lines[-1] += b"\n"
             stays = _stays(first, len(lines), dropped)

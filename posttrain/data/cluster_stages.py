@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,18 +29,18 @@ from posttrain.data.cluster_shards import copy_rows, read_texts
 from posttrain.data.similar import (
     Pairs,
     Texts,
-    _candidates,
-    _compare_crowd,
-    _pack,
-    _split,
+    candidate_pairs,
+    compare_crowd,
     components,
     keep_best,
+    pack_pairs,
+    unpack_pairs,
 )
 from posttrain.errors import DataError
 from posttrain.store.files import temporary_beside, write_json
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
 _PAIRS = 1_000_000
 """Similar pairs resolved at a time; `keep_best` takes about 1 kB a pair."""
@@ -54,7 +53,7 @@ def sketch(job: DedupJob, shard: int) -> None:
 
     Memory: 8 bytes a row and band, and some megabytes of text.
     """
-    parts = [_sketch(texts, job.bands) for texts in read_texts(job.paths[shard], job.column)]
+    parts = [minhash.sketch(texts, job.bands) for texts in read_texts(job.paths[shard], job.column)]
     index = np.zeros((job.bands, job.partitions + 1), np.int64)
     with (
         temporary_beside(job.file("sketch", shard, "keys.bin")) as temporary,
@@ -70,7 +69,7 @@ def sketch(job: DedupJob, shard: int) -> None:
             index[band] = np.searchsorted(partition[order], np.arange(job.partitions + 1))
     save(job.file("sketch", shard, "index.npy"), index)
     words = np.concatenate([np.zeros(0, np.int64), *(part.words for part in parts)])
-    texts = np.concatenate([np.zeros(0, np.uint64), *(part.texts for part in parts)])
+    texts = np.concatenate([np.zeros(0, np.uint64), *(part.ties for part in parts)])
     save(job.file("sketch", shard, "texts.npy"), texts)
     save(job.file("sketch", shard, "words.npy"), words)
 
@@ -83,10 +82,10 @@ def join(job: DedupJob, partition: int) -> None:
     found, crowds = np.zeros(0, np.uint64), dict[bytes, np.ndarray]()
     # Band by band, as on one machine: keys of two bands may be equal by chance.
     for keys, rows in _partition(job, partition):
-        pairs, crowded = _candidates([keys], rows)
+        pairs, crowded = candidate_pairs([keys], rows)
         found = np.union1d(found, pairs)
         crowds |= {crowd.tobytes(): crowd for crowd in crowded}
-    left, right = _split(found)
+    left, right = unpack_pairs(found)
     involved = np.unique(np.concatenate([left, right, *crowds.values()]))
     save(job.file("join", partition, "rows.npy"), involved)
     # All pairs with the same left row are compared by one task, which reads its set once.
@@ -139,10 +138,10 @@ def verify(job: DedupJob, task: int) -> None:
         shares.append(load(job.file("join", partition, "pairs.npy"))[begin:end])
     texts = ShardSets(job)
     pairs = np.unique(np.concatenate(shares))
-    similarity = texts.similarity(*_split(pairs))
+    similarity = texts.similarity(*unpack_pairs(pairs))
     similar = similarity >= job.threshold
     crowds = [_compare(job, crowd, texts) for crowd in _crowds(job, task)]
-    packed = [pairs[similar], *(_pack(crowd.left, crowd.right) for crowd in crowds)]
+    packed = [pairs[similar], *(pack_pairs(crowd.left, crowd.right) for crowd in crowds)]
     similarities = [similarity[similar], *(crowd.similarity for crowd in crowds)]
     save(job.file("verify", task, "pairs.npy"), np.concatenate(packed))
     save(job.file("verify", task, "similarity.npy"), np.concatenate(similarities))
@@ -161,7 +160,7 @@ def resolve(job: DedupJob, _: int = 0) -> None:
         return_index=True,
     )
     similarity = np.concatenate([load(job.file("verify", t, "similarity.npy")) for t in tasks])
-    left, right = _split(packed)
+    left, right = unpack_pairs(packed)
     rows = np.unique(np.concatenate([left, right]))
     pairs = Pairs(np.searchsorted(rows, left), np.searchsorted(rows, right), similarity[first])
     dropped, kept, alike = _keep_best(pairs, _priority(job, rows))
@@ -186,25 +185,6 @@ def filter_shard(job: DedupJob, shard: int) -> None:
     known = int(np.diff(job.first_rows)[shard])
     if rows != known:
         raise DataError(f"{path}: has {rows} rows and had {known}; it changed while the job ran")
-
-
-@dataclass(frozen=True)
-class _Sketch:
-    """What is remembered of some texts."""
-
-    keys: np.ndarray
-    """uint64 of shape (bands, texts)."""
-    words: np.ndarray
-    """Words a text."""
-    texts: np.ndarray
-    """A hash of each text's words, to break ties."""
-
-
-def _sketch(texts: pa.Array, bands: int) -> _Sketch:
-    grams, words = minhash.shingles(texts)
-    sums = np.add.reduceat(grams.hashes, grams.offsets[:-1])
-    keys = minhash.band_keys(minhash.signatures(grams), bands)
-    return _Sketch(keys, words, kernels.mix_array(sums))
 
 
 def _partition(job: DedupJob, partition: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -239,7 +219,7 @@ def _crowds(job: DedupJob, task: int) -> list[np.ndarray]:
 def _compare(job: DedupJob, crowd: np.ndarray, texts: ShardSets) -> Pairs:
     places = np.arange(len(crowd))
     chosen: Texts = texts.of(crowd)
-    pairs = _compare_crowd(places, chosen, job.threshold, _priority(job, crowd))
+    pairs = compare_crowd(places, chosen, job.threshold, _priority(job, crowd))
     return Pairs(crowd[pairs.left], crowd[pairs.right], pairs.similarity, pairs.uncompared)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,27 @@ PERMUTATIONS = 128
 _SEED = 20_240_229
 _CHUNK = 2_000_000
 """Values held at a time by the numpy version: n-grams times permutations of a block."""
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What near-duplicate search remembers of several texts."""
+
+    keys: np.ndarray
+    """Band keys: uint64 of shape (bands, texts)."""
+    words: np.ndarray
+    """int64; words a text."""
+    ties: np.ndarray
+    """uint64; one number a text that only depends on its words, to break ties by content."""
+
+
+def sketch(texts: Sequence[str] | pa.Array, bands: int) -> Sketch:
+    """Sketch texts; about 10 microseconds for 190 words."""
+    grams, words = shingles(texts)
+    ties = np.zeros(0, np.uint64)
+    if len(words):  # every text has a shingle, so no stretch is empty
+        ties = kernels.mix_array(np.add.reduceat(grams.hashes, grams.offsets[:-1]))
+    return Sketch(band_keys(signatures(grams), bands), words, ties)
 
 
 def shingles(texts: Sequence[str] | pa.Array) -> tuple[Words, np.ndarray]:

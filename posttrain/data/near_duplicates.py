@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _CHUNK_BYTES = 8 * 2**20
+_NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class DedupStats:
     """For each of them the document that stays in its place."""
     similarity: np.ndarray
     """And how similar the two are: Jaccard similarity of word 5-grams."""
+    uncompared: int
+    """Rows that shared a key with so many unlike rows that not all were compared."""
     seconds: float
     """Wall-clock time from opening the first file to the closed output."""
 
@@ -54,7 +57,7 @@ def deduplicate_jsonl(
 ) -> DedupStats:
     """Copy JSON Lines, leaving out every line whose text is nearly that of a line that stays.
 
-    Of similar lines the longest stays. Lines are copied byte for byte, in order.
+    Of similar lines the longest stays. Lines are copied as they are, in order; blank ones are not.
 
     Args:
         paths: Files to read.
@@ -66,23 +69,28 @@ def deduplicate_jsonl(
 
     Raises:
         DataError: a file cannot be read as JSON Lines with such a key.
+        ValueError: a threshold outside (0, 1].
     """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be above 0 and at most 1, not {threshold}")
     begin = time.perf_counter()
     kernels.use_numba()  # compiled once, before the threads start
     with ThreadPoolExecutor(processes or os.cpu_count()) as pool:
         chunks = [
             future.result()
-            for future in [pool.submit(_read_chunk, c, column, bands) for c in _chunks(paths)]
+            for future in [pool.submit(_read_chunk, c, column, bands) for c in line_chunks(paths)]
         ]
     rows = sum(len(chunk.batch) for chunk in chunks)
-    words, texts = (np.concatenate([getattr(c, n) for c in chunks]) for n in ("words", "texts"))
-    order = np.lexsort((np.arange(rows), texts, -words))
+    words = np.concatenate([_NONE, *(chunk.sketch.words for chunk in chunks)])
+    ties = np.concatenate([_NONE.astype(np.uint64), *(chunk.sketch.ties for chunk in chunks)])
+    order = np.lexsort((np.arange(rows), ties, -words))
     priority = np.empty(rows, np.int64)
     priority[order] = np.arange(rows)
     pairs = _pairs(chunks, rows, threshold, bands, priority)
     dropped, kept, similarity = keep_best(pairs, priority)
     _copy(out, chunks, dropped)
-    return DedupStats(rows, dropped, kept, similarity, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    return DedupStats(rows, dropped, kept, similarity, pairs.uncompared, seconds)
 
 
 @dataclass(frozen=True)
@@ -91,50 +99,49 @@ class _Chunk:
 
     lines: list[bytes]
     batch: RowBatch
-    keys: np.ndarray
-    """Band keys: uint64 of shape (bands, lines)."""
-    words: np.ndarray
-    """Words a line."""
-    texts: np.ndarray
-    """A hash of each line's words, to break ties whatever the order of the lines."""
+    sketch: minhash.Sketch
 
 
 def _pairs(
     chunks: list[_Chunk], rows: int, threshold: float, bands: int, priority: np.ndarray
 ) -> Pairs:
-    keys = (np.concatenate([chunk.keys[band] for chunk in chunks]) for band in range(bands))
+    none = _NONE.astype(np.uint64)
+    keys = (
+        np.concatenate([none, *(chunk.sketch.keys[band] for chunk in chunks)])
+        for band in range(bands)
+    )
     batches = iterate_batches([chunk.batch for chunk in chunks])
     return similar_pairs(keys, np.arange(rows), batches, threshold, priority)
 
 
-def _chunks(paths: Sequence[Path]) -> Iterator[tuple[str, list[bytes]]]:
+def line_chunks(paths: Sequence[Path]) -> Iterator[tuple[str, list[bytes]]]:
     """Whole lines of all files, some megabytes at a time, with a name for errors."""
     for path in paths:
         try:
             with path.open("rb") as file:
                 while data := file.read(_CHUNK_BYTES):
                     data += file.readline()
-                    yield str(path), [line for line in data.splitlines(True) if line.strip()]
+                    # Not splitlines, which also cuts at a lone carriage return.
+                    lines = [line + b"\n" for line in data.split(b"\n") if line.strip()]
+                    if lines:
+                        yield str(path), lines
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _read_chunk(chunk: tuple[str, list[bytes]], column: str, bands: int) -> _Chunk:
     name, lines = chunk
-    if lines and not lines[-1].endswith(b"\n"):
-        lines[-1] += b"\n"
-    texts = _parse(name, lines, column)
-    grams, words = minhash.shingles(texts)
-    sums = np.add.reduceat(grams.hashes, grams.offsets[:-1]) if len(lines) else np.zeros(0)
-    keys = minhash.band_keys(minhash.signatures(grams), bands)
-    table = texts_table(texts)
-    return _Chunk(lines, RowBatch("documents", table), keys, words, kernels.mix_array(sums))
+    texts = parse_texts(name, lines, column)
+    return _Chunk(lines, RowBatch("documents", texts_table(texts)), minhash.sketch(texts, bands))
 
 
-def _parse(name: str, lines: list[bytes], column: str) -> pa.Array:
+def parse_texts(name: str, lines: list[bytes], column: str) -> pa.Array:
     import pyarrow as pa
     import pyarrow.json as pj
 
+    torn = [n for n, line in enumerate(lines) if line[:1] + line[-2:] != b"{}\n"]
+    if any(lines[n].strip()[:1] + lines[n].strip()[-1:] != b"{}" for n in torn):
+        raise DataError(f"{name}: a line is no JSON object; `posttrain data prepare` says which")
     data = b"".join(lines)
     schema = pa.schema([(column, pa.large_string())])
     try:
@@ -149,7 +156,9 @@ def _parse(name: str, lines: list[bytes], column: str) -> pa.Array:
         raise DataError(f"{name}: not JSON Lines with a text under `{column}`: {error}") from error
     texts = table.column(column).combine_chunks()
     if texts.null_count or len(texts) != len(lines):
-        raise DataError(f"{name}: a line has no text under `{column}`; `posttrain data` says which")
+        raise DataError(
+            f"{name}: a line has no text under `{column}`; `posttrain data prepare` says which"
+        )
     return texts
 
 

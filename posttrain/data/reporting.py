@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import numpy as np
 from posttrain.data.advice import DatasetFacts, Diversity, Method, opening, sufficiency
 from posttrain.data.batch import RowBatch
 from posttrain.data.cleaning import EXAMPLE_CHARACTERS, RowExample
-from posttrain.data.preparation import TEST_ORIGIN, Preparation
+from posttrain.data.preparation import Preparation
 from posttrain.data.report_data import (
     Cluster,
     Example,
@@ -23,6 +23,7 @@ from posttrain.data.report_data import (
     SideSummary,
 )
 from posttrain.data.rows import KtoExample, Preference
+from posttrain.data.shards import TEST_ORIGIN
 from posttrain.data.similar import components
 from posttrain.data.split import SIDES
 from posttrain.data.words import hash_words
@@ -37,7 +38,8 @@ CLUSTER_MEMBERS = 4
 """Clusters shown, and dropped rows shown of each."""
 OPENINGS = 50_000
 """Training rows whose beginnings are counted; beyond that the figure no longer moves."""
-_EDGES = (0, 5, 10, 20, 40, 80, 160, 320, 640, 1_280, 2_560, 5_120, 10_240)
+_EDGES = (0, 5, 7, *(round(10 * 2 ** (step / 2)) for step in range(21)))
+"""Words, in steps of half a doubling."""
 _FILES = 20
 
 
@@ -313,7 +315,7 @@ def _hits(done: Preparation, shown: _Shown) -> tuple[Hit, ...]:
 
 
 def _histogram(words: np.ndarray) -> Histogram:
-    """Words a row, in bins that double."""
+    """Words a row, in bins of half a doubling."""
     counts, _ = np.histogram(words, [*_EDGES, np.inf])
     return Histogram(
         edges=(*_EDGES, float(max(_EDGES[-1] + 1, words.max(initial=0)))),
@@ -333,8 +335,8 @@ def _facts(done: Preparation, shown: _Shown, methods: tuple[Method, ...]) -> Dat
         words=int(shown.words[train].sum()),
         validation_rows=counts.validation,
         methods=methods,
-        exact_duplicates=_share(counts.dropped, "exact_dedup", counts.rows_in),
-        near_duplicates=_share(counts.dropped, "near_dedup", counts.rows_in),
+        exact_duplicates=_share(done, "exact_dedup"),
+        near_duplicates=_share(done, "near_dedup"),
         diversity=Diversity.of(shown.openings),
         chosen_words=lengths.get("chosen"),
         rejected_words=lengths.get("rejected"),
@@ -345,7 +347,9 @@ def _facts(done: Preparation, shown: _Shown, methods: tuple[Method, ...]) -> Dat
     )
 
 
-def _share(dropped: Mapping[str, Mapping[str, int]], operation: str, rows: int) -> float | None:
-    if operation not in dropped:
-        return None
-    return sum(dropped[operation].values()) / rows
+def _share(done: Preparation, operation: str) -> float | None:
+    """Share of the rows read that an operation dropped; None if it did not run."""
+    for report in done.cleaning.reports:
+        if report.name == operation:
+            return report.dropped.total() / done.counts.rows_in
+    return None

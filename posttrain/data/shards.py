@@ -12,6 +12,8 @@ from posttrain.data.rows import Row, family_of
 from posttrain.errors import DataError
 from posttrain.recipe.base import RowFamily
 
+TEST_ORIGIN = "test set"
+"""Origin of rows that the user gave as the test set: compared with and written, never dropped."""
 SHARD_ROWS = 5_000
 SHARD_CHARACTERS = 8_000_000
 """A shard ends when it has that many rows or characters: memory is bounded for long rows, too."""

@@ -96,18 +96,18 @@ def similar_pairs(
         threshold: Jaccard similarity, in (0, 1].
         priority: One distinct number a position of all rows; decides who leads a crowded group.
     """
-    candidates, crowds = _candidates(bands, rows)
-    involved = np.unique(np.concatenate([*_split(candidates), *crowds]))
+    candidates, crowds = candidate_pairs(bands, rows)
+    involved = np.unique(np.concatenate([*unpack_pairs(candidates), *crowds]))
     with tempfile.TemporaryDirectory(prefix="posttrain-similar-") as folder:
         texts = Texts.read(involved, batches, Path(folder))
-        left, right = _split(candidates)
+        left, right = unpack_pairs(candidates)
         similarity = texts.similarity(left, right)
         found = similarity >= threshold
         pairs = Pairs(left[found], right[found], similarity[found])
-        return _join(pairs, [_compare_crowd(c, texts, threshold, priority) for c in crowds])
+        return _join(pairs, [compare_crowd(c, texts, threshold, priority) for c in crowds])
 
 
-def _candidates(
+def candidate_pairs(
     bands: Iterable[np.ndarray], rows: np.ndarray
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Distinct pairs, as one uint64 each, and the groups too large to compare all pairs of."""
@@ -123,7 +123,7 @@ def _candidates(
             same = group[distance:] == group[:-distance]
             if not same.any():
                 break
-            pairs.append(_pack(members[:-distance][same], members[distance:][same]))
+            pairs.append(pack_pairs(members[:-distance][same], members[distance:][same]))
         found = np.unique(np.concatenate(pairs))
         for number in np.flatnonzero(groups.sizes > CROWDED):
             crowd = groups.rows[groups.starts[number] : groups.starts[number + 1]]
@@ -131,9 +131,7 @@ def _candidates(
     return found, list(crowds.values())
 
 
-def _compare_crowd(
-    crowd: np.ndarray, texts: Texts, threshold: float, priority: np.ndarray
-) -> Pairs:
+def compare_crowd(crowd: np.ndarray, texts: Texts, threshold: float, priority: np.ndarray) -> Pairs:
     """Compare each row with the leaders before it; who is like none of them leads in turn."""
     rest = crowd[np.argsort(priority[crowd])]
     left, right, similarities = [], [], []
@@ -148,17 +146,22 @@ def _compare_crowd(
         similarities.append(similarity[alike])
         rest = rest[~alike]
     uncompared = len(rest) if len(rest) > 1 else 0
-    found = [np.concatenate([np.zeros(0), *parts]) for parts in (left, right, similarities)]
-    return Pairs(found[0].astype(np.int64), found[1].astype(np.int64), found[2], uncompared)
+    none = np.zeros(0, np.int64)
+    return Pairs(
+        np.concatenate([none, *left]),
+        np.concatenate([none, *right]),
+        np.concatenate([np.zeros(0), *similarities]),
+        uncompared,
+    )
 
 
 def _join(pairs: Pairs, others: list[Pairs]) -> Pairs:
     """All pairs, each once, ordered by position."""
     every = [pairs, *others]
     left, right = (np.concatenate([getattr(p, side) for p in every]) for side in ("left", "right"))
-    packed, first = np.unique(_pack(left, right), return_index=True)
+    packed, first = np.unique(pack_pairs(left, right), return_index=True)
     similarity = np.concatenate([p.similarity for p in every])[first]
-    return Pairs(*_split(packed), similarity, sum(p.uncompared for p in every))
+    return Pairs(*unpack_pairs(packed), similarity, sum(p.uncompared for p in every))
 
 
 def keep_best(
@@ -226,13 +229,13 @@ def _neighbours(pairs: Pairs, rows: np.ndarray) -> list[tuple[np.ndarray, np.nda
     return [(other[a:b], values[a:b]) for a, b in itertools.pairwise(starts)]
 
 
-def _pack(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def pack_pairs(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """A pair as one number, for up to 2**32 rows; the smaller position first."""
     small, large = np.minimum(left, right), np.maximum(left, right)
     return np.asarray((small.astype(np.uint64) << np.uint64(32)) | large.astype(np.uint64))
 
 
-def _split(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def unpack_pairs(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mask = np.uint64(0xFFFFFFFF)
     return (packed >> np.uint64(32)).astype(np.int64), (packed & mask).astype(np.int64)
 

@@ -17,7 +17,6 @@ import numpy as np
 from posttrain.data import kernels, minhash
 from posttrain.data.batch import RowBatch
 from posttrain.data.operations.base import Corpus, CorpusDrops, Side, Sketches
-from posttrain.data.operations.near_dedup import text_hashes
 from posttrain.data.rows import Row, all_messages
 from posttrain.data.similar import Pairs, components, similar_pairs
 from posttrain.data.text import normalise
@@ -57,9 +56,8 @@ class Splitter:
         texts = np.array([_hash(normalise(text)) for text in batch.texts], np.uint64)
         if self._config.near_duplicates is None:
             return np.vstack([groups, texts])
-        grams, _ = minhash.shingles(batch.texts)
-        keys = minhash.band_keys(minhash.signatures(grams), _BANDS)
-        return np.vstack([groups, texts, text_hashes(grams.hashes, grams.offsets), keys])
+        near = minhash.sketch(batch.texts, _BANDS)
+        return np.vstack([groups, texts, near.ties, near.keys])
 
     def split(self, corpus: Corpus, sketches: Sketches, test: str | None = None) -> SplitResult:
         """Decide the side of each row that is left.

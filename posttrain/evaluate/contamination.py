@@ -65,14 +65,13 @@ def _item(benchmark: str, leaf: str, number: int, task: Any, doc: Any) -> Evalua
     question = _question(prompt, fields)
     joined = [f"{before}\n{answer}" for before in (prompt, question) for answer in answers]
     texts = dict.fromkeys(text for text in (prompt, *fields, *answers, *joined) if text.strip())
-    return EvaluationItem(benchmark, leaf, number, question, tuple(texts))
+    return EvaluationItem(benchmark, leaf, number, question or next(iter(texts), ""), tuple(texts))
 
 
 def _prompt_and_answers(task: Any, doc: Any) -> tuple[str, list[str]]:
     """What the model is shown, and what it should say."""
     prompt, target = task.doc_to_text(doc), task.doc_to_target(doc)
-    config = getattr(task, "config", None)
-    if task.OUTPUT_TYPE != "multiple_choice" or getattr(config, "doc_to_choice", None) is None:
+    if getattr(getattr(task, "config", None), "doc_to_choice", None) is None:
         return " ".join(_strings(prompt)), _strings(target)
     choices = [str(choice) for choice in task.doc_to_choice(doc)]
     if isinstance(prompt, int):
@@ -82,7 +81,7 @@ def _prompt_and_answers(task: Any, doc: Any) -> tuple[str, list[str]]:
     # MMLU's choices are the letters A to D; what they stand for is a list in the raw item.
     lists = [texts for texts in (choices, *_lists(doc)) if len(texts) == len(choices)]
     answers = [texts[index] for index in right for texts in lists if not _letters(texts)]
-    return " ".join(_strings(prompt)), list(dict.fromkeys(answers))
+    return " ".join(_strings(prompt)), list(dict.fromkeys(answers)) or _strings(target)
 
 
 def _indices(target: object, choices: list[str]) -> list[int]:
@@ -102,7 +101,9 @@ def _question(prompt: str, fields: list[str]) -> str:
     inside = [
         (prompt.rindex(field) + len(field), len(field), field)
         for field in fields
-        if len(field.split()) >= _MIN_FIELD_WORDS and field in prompt
+        if field in prompt
+        # A subject's name may also occur in some choice; a short question comes first.
+        and (len(field.split()) >= _MIN_FIELD_WORDS or prompt.startswith(field))
     ]
     return max(inside)[2] if inside else prompt
 
@@ -113,7 +114,7 @@ def _letters(choices: list[str]) -> bool:
 
 def _fields(doc: Any) -> list[str]:
     """Texts of the raw item, with those in nested mappings; lists hold choices, so not they."""
-    return [value for value in _values(doc) if isinstance(value, str)]
+    return [value.strip() for value in _values(doc) if isinstance(value, str) and value.strip()]
 
 
 def _lists(doc: Any) -> list[list[str]]:

@@ -9,6 +9,7 @@ from posttrain.recipe.datasets import DatasetSpec
 from posttrain.recipe.evaluate import EvaluateConfig
 from posttrain.recipe.gate import GateConfig
 from posttrain.recipe.merge import MergeConfig
+from posttrain.recipe.mix import MixConfig
 from posttrain.recipe.preflight import PreflightConfig
 from posttrain.recipe.prepare import PrepareConfig
 from posttrain.recipe.recipe import STAGES, Recipe
@@ -21,6 +22,7 @@ __all__ = [
     "EvaluateConfig",
     "GateConfig",
     "MergeConfig",
+    "MixConfig",
     "PreflightConfig",
     "PrepareConfig",
     "Recipe",

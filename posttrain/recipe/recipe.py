@@ -12,11 +12,13 @@ from posttrain.recipe.datasets import DatasetSpec
 from posttrain.recipe.evaluate import EvaluateConfig
 from posttrain.recipe.gate import GateConfig
 from posttrain.recipe.merge import MergeConfig
+from posttrain.recipe.mix import MixConfig
 from posttrain.recipe.prepare import PrepareConfig
 from posttrain.recipe.sft import SftConfig
 
 STAGES: dict[str, type[StageConfig]] = {
     "prepare": PrepareConfig,
+    "mix": MixConfig,
     "sft": SftConfig,
     "merge": MergeConfig,
     "evaluate": EvaluateConfig,
@@ -51,7 +53,7 @@ def _tag_stage(entry: Any) -> Any:
 
 AnyStage = Annotated[
     Annotated[
-        PrepareConfig | SftConfig | MergeConfig | EvaluateConfig | GateConfig,
+        PrepareConfig | MixConfig | SftConfig | MergeConfig | EvaluateConfig | GateConfig,
         Field(discriminator="stage"),
     ],
     BeforeValidator(_tag_stage),
@@ -82,6 +84,15 @@ class Recipe(Strict):
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
     """Stages in order; each takes the model of the stage before it unless it names another."""
     tracking: Tracking = unhashed(Tracking(), "Where runs are recorded; changes no result.")
+
+    def made_of(self, dataset: str) -> tuple[str, ...]:
+        """Names under `datasets` that a dataset's rows come from: its own, or all that it mixes."""
+        behind: dict[str, tuple[str, ...]] = {}
+        for stage in self.stages:
+            if isinstance(stage, MixConfig):
+                names = [name for part in stage.datasets for name in behind.get(part, (part,))]
+                behind[stage.name] = tuple(dict.fromkeys(names))
+        return behind.get(dataset, (dataset,))
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: Any) -> dict[str, Any]:

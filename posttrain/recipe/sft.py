@@ -82,6 +82,7 @@ class SftConfig(StageConfig):
     """Trains on the assistant's turns of chats, by an adapter or over all weights."""
 
     produces: ClassVar[ArtifactKind] = "adapter"
+    accounts: ClassVar[frozenset[str]] = frozenset({"rows.parquet"})
 
     stage: Literal["sft"] = "sft"
     dataset: str

@@ -76,7 +76,7 @@ def _index(
     """The n-grams of the evaluation's items, where there are any."""
     if config is None or not config.benchmarks:
         return None
-    from posttrain.data.operations.decontaminate import build_index
+    from posttrain.data.contamination import build_index
 
     context.events.phase(f"indexing the items of {', '.join(config.benchmarks)}")
     return build_index(config, scratch / "contamination")

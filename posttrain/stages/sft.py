@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.data.prepared import PreparedDataset
+from posttrain.data.rows import Row
 from posttrain.errors import DataError, ModelError
 from posttrain.hardware import resolve_dtype
 from posttrain.models import load_causal_lm, load_tokenizer
@@ -15,7 +16,14 @@ from posttrain.train.arguments import plan_schedule, sft_arguments
 from posttrain.train.checkpoints import newest_complete, remove_incomplete
 from posttrain.train.lora import add_lora, check_trainable, count_trainable
 from posttrain.train.processes import leave_process_group, prepare_libraries, world_size
-from posttrain.train.rows import Encodings, encode_rows, to_table
+from posttrain.train.rows import (
+    ROW_ACCOUNT,
+    Encodings,
+    count_passes,
+    encode_rows,
+    to_table,
+    write_row_account,
+)
 from posttrain.train.run import run_to_end, training_result, write_training_record
 
 if TYPE_CHECKING:
@@ -23,7 +31,9 @@ if TYPE_CHECKING:
 
 
 def main(context: StageContext[SftConfig]) -> StageResult | None:
-    """Train on the dataset's chats; leave an adapter, or a full model, and `training.json`.
+    """Train on the dataset's chats; leave an adapter, or a full model, and its accounts.
+
+    `training.json` has every loss, `rows.parquet` every training row.
 
     Inputs: `model`, a model folder, and `dataset`, a prepared dataset of chats. Under torchrun
     every process runs this; rank 0 writes the output and returns the result.
@@ -46,7 +56,7 @@ def _train(context: StageContext[SftConfig]) -> StageResult | None:
 
     config = context.config
     tokenizer = load_tokenizer(context.input("model"))
-    train, held_out = _encode(context, tokenizer)
+    rows, train, held_out = _encode(context, tokenizer)
     schedule = plan_schedule(config, len(train.rows), world_size())
     if context.rank == 0:
         remove_incomplete(context.checkpoints)
@@ -73,6 +83,14 @@ def _train(context: StageContext[SftConfig]) -> StageResult | None:
         return None
     _save(context, trainer.model, tokenizer)
     write_training_record(history, trainable, context.output)
+    passes = count_passes(
+        trainer.get_train_dataloader(),
+        train.rows,
+        config.batching.batch_size,
+        history.steps,
+        last=history.best.step,
+    )
+    write_row_account(context.output / ROW_ACCOUNT, rows, train, passes)
     if history.best.loss >= history.before:
         context.events.warning("the held-out loss did not fall; training made the model no better")
     return training_result(history, trainable, report.tokens_per_second)
@@ -80,8 +98,8 @@ def _train(context: StageContext[SftConfig]) -> StageResult | None:
 
 def _encode(
     context: StageContext[SftConfig], tokenizer: PreTrainedTokenizerBase
-) -> tuple[Encodings, Encodings]:
-    """Training and held-out rows as token ids; rows that would train nothing are left out."""
+) -> tuple[list[Row], Encodings, Encodings]:
+    """The training rows, and training and held-out rows as token ids."""
     config = context.config
     prepared = PreparedDataset.open(Path(context.input("dataset").path))
     if prepared.family != "chats":
@@ -90,9 +108,10 @@ def _encode(
             "that give chats are prompt_completion, alpaca, messages and sharegpt"
         )
     _say(context, "tokenizing")
+    training = prepared.train()
     sides = []
     for side, rows in (
-        ("training", prepared.train()),
+        ("training", training),
         ("held-out", prepared.validation(config.validation.max_rows)),
     ):
         encodings = encode_rows(tokenizer, rows, config.batching.max_length)
@@ -103,7 +122,7 @@ def _encode(
                 f"{encodings.untrainable} {side} rows have no token to train on and are left out"
             )
         sides.append(encodings)
-    return sides[0], sides[1]
+    return training, sides[0], sides[1]
 
 
 def _load_model(context: StageContext[SftConfig]) -> PreTrainedModel:

@@ -9,7 +9,7 @@ and then decides once, from the sketches.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -111,6 +111,8 @@ class CorpusDrops:
     reason: str
     details: Sequence[str] | None = None
     """For each of them the numbers behind it."""
+    found: Mapping[str, int] = field(default_factory=dict)
+    """Whatever else is worth counting for the report."""
 
     @classmethod
     def of(

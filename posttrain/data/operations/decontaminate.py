@@ -1,17 +1,17 @@
 """Drops rows that share a run of words with an item of an evaluation set.
 
-A row that holds an item teaches the answer, and the evaluation then measures memory. The rule is
-that of GPT-3 (Brown et al. 2020, arXiv:2005.14165, appendix C): no row shares an n-gram of 13 words
-with an item. Words are those of `posttrain.data.words`, so case, punctuation and spacing do not
-matter. All turns of a row are read as one text, the system prompt included, so that a question in
-one turn and its answer in the next are found together, and few-shot examples as well.
+A row that holds an item teaches the answer, and the evaluation then measures memory. So no row may
+share an n-gram of 13 words with an item; the length is that of GPT-3 (Brown et al. 2020,
+arXiv:2005.14165, appendix C). Words are those of `posttrain.data.words`, so case, punctuation and
+spacing do not matter. All turns of a row are read as one text, the system prompt included, so that
+a question in one turn and its answer in the next are found together, and few-shot examples too.
 
 What is looked for, and what is not:
 
 - A text of at least `ngram` words: any n-gram of it.
-- A shorter text (most questions of MMLU have fewer than 20 words, and a quarter fewer than 13): the
-  whole text, all its words in sequence, from `short_ngram` words on. Not any 8-gram of it, nor of
-  longer texts: "which of the following is an example of a" is one.
+- A shorter text, such as a quarter of MMLU's questions: the whole text, all its words in sequence,
+  from `short_ngram` words on. Not any 8-gram: "which of the following is an example of a" and
+  "between the United States and the Soviet Union" are some.
 - A question of fewer than `short_ngram` words is not looked for alone, only together with its
   choices or its answer. `NgramIndex.too_short` counts these items.
 - What says nothing about a single item is ignored: an n-gram that more than 10 items share, or
@@ -19,7 +19,7 @@ What is looked for, and what is not:
   False"); a short text that stands in two different items ("Which of the following statements is
   true?"); repetitions of few words, a quarter of the n-gram's at most ("0 0 0 0 1").
 
-A text changed in every tenth word or so passes. Near duplicates of items are not looked for.
+An item in which one word of every 13 is changed is not found.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from posttrain.data import kernels, minhash
+from posttrain.data import minhash
 from posttrain.data.batch import RowBatch
 from posttrain.data.operations.base import Corpus, CorpusDrops, Sketches
 from posttrain.data.similar import Pairs, keep_best, similar_pairs
@@ -26,11 +26,8 @@ class NearDuplicates:
 
     def sketch(self, batch: RowBatch) -> np.ndarray:
         """uint64 of shape (bands + 2, rows): band keys, merit, and a hash to break ties."""
-        grams, words = minhash.shingles(batch.texts)
-        keys = minhash.band_keys(minhash.signatures(grams), self._config.bands)
-        return np.vstack(
-            [keys, self._merit(batch, words), text_hashes(grams.hashes, grams.offsets)]
-        )
+        near = minhash.sketch(batch.texts, self._config.bands)
+        return np.vstack([near.keys, self._merit(batch, near.words), near.ties])
 
     def decide(self, corpus: Corpus, sketches: Sketches) -> CorpusDrops:
         """Every row that is nearly the same as a better one that stays."""
@@ -45,7 +42,9 @@ class NearDuplicates:
         self.pairs = similar_pairs(keys, rows, corpus.batches(), self._config.threshold, priority)
         dropped, kept, similarity = keep_best(self.pairs, priority, corpus.foreign)
         details = [f"similarity {value:.2f}" for value in similarity]
-        return CorpusDrops(dropped, kept, "near duplicate", details)
+        uncompared = self.pairs.uncompared
+        found = {"rows of crowded groups compared with 64 others only": uncompared}
+        return CorpusDrops(dropped, kept, "near duplicate", details, found if uncompared else {})
 
     def _merit(self, batch: RowBatch, words: np.ndarray) -> np.ndarray:
         """What makes a row better, as uint64; more is better."""
@@ -62,13 +61,6 @@ class NearDuplicates:
         if column == "date":
             return np.array([_date_number(value) for value in values], np.uint64)
         return sortable(np.array(values, np.float64))
-
-
-def text_hashes(grams: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """One uint64 a text that only depends on its words. Each text has a gram."""
-    if len(offsets) == 1:
-        return np.zeros(0, np.uint64)
-    return kernels.mix_array(np.add.reduceat(grams, offsets[:-1]))
 
 
 def sortable(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""An index of evaluation items by n-grams of words: which text shares a run of words with which item.
+"""An index of evaluation items by their n-grams of words, and the search for texts in it.
 
 What is indexed and why is said in `posttrain.data.operations.decontaminate`, which uses it.
 """
@@ -216,8 +216,8 @@ def _first_alike(items: Sequence[EvaluationItem]) -> np.ndarray:
 
     MMLU asks some twice, in two subjects or with the choices in another order.
     """
-    first: dict[tuple[str, str], int] = {}
-    keys = ((item.question, item.texts[-1]) for item in items)
+    first: dict[tuple[str, ...], int] = {}
+    keys = ((item.question, *item.texts[-1:]) for item in items)
     return np.array([first.setdefault(key, number) for number, key in enumerate(keys)], np.int32)
 
 

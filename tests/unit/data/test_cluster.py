@@ -20,10 +20,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from posttrain.data import cluster_sets, cluster_shards, cluster_stages, near_duplicates
+from posttrain.data import cluster_sets, cluster_stages, near_duplicates
 from posttrain.data.cluster import DedupJob, pipelines, run_local, run_slurm, summary
 from posttrain.data.near_duplicates import deduplicate_jsonl
-from posttrain.errors import DataError
+from posttrain.errors import DataError, UsageError
 
 WORDS = [f"word{number}" for number in range(400)]
 
@@ -42,6 +42,7 @@ def changed(generator: random.Random, original: str, words: int) -> str:
     parts = original.split(" ")
     for _ in range(words):
         parts[generator.randrange(len(parts))] = generator.choice(WORDS)
+    parts += generator.choices(WORDS, k=generator.randrange(3))
     return " ".join(parts)
 
 
@@ -121,14 +122,13 @@ def test_drops_and_bytes_are_those_of_one_process(tmp_path: Path, partitions: in
 def test_what_is_held_at_a_time_makes_no_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster_sets, "_SHINGLES", 300)
-    monkeypatch.setattr(cluster_stages, "_PAIRS", 10)
-    monkeypatch.setattr(cluster_shards, "_BATCH_ROWS", 7)
-    monkeypatch.setattr(near_duplicates, "_CHUNK_BYTES", 1000)
     paths = in_three(tmp_path / "in", corpus(6))
     job = job_of(tmp_path, paths, partitions=2)
-    run_tasks(job)
-    monkeypatch.undo()
+    with monkeypatch.context() as limits:
+        limits.setattr(cluster_sets, "_SHINGLES", 300)
+        limits.setattr(cluster_stages, "_PAIRS", 10)
+        limits.setattr(near_duplicates, "_CHUNK_BYTES", 1000)
+        run_tasks(job)
     data, expected = one_process(paths, tmp_path / "one.jsonl")
     assert drops(job) == expected
     assert b"".join(outputs(job)) == data
@@ -306,6 +306,20 @@ def test_empty_shards_are_copied_empty(tmp_path: Path) -> None:
     run_tasks(job)
     assert [len(data.splitlines()) for data in outputs(job)] == [0, 1, 0]
     assert json.loads(job.summary.read_text())["rows"] == 2
+
+
+def test_slurm_is_refused_where_it_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(tmp_path, write(tmp_path / "in", [["a b c d e f"]]))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="no `sbatch` here"):
+        run_slurm(job, partition="any", time="00:10:00")
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    with pytest.raises(UsageError, match="within a Slurm job array"):
+        run_slurm(job, partition="any", time="00:10:00")
 
 
 SBATCH = """#!/bin/sh

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import orjson
@@ -100,18 +101,19 @@ def test_a_text_below_short_ngram_is_not_looked_for_alone(decontaminate):
     question, answer = "Who lit the lamp?", "The keeper of Skerry Point."
     items = [quiz(question, answer)]
     assert set(decontaminate(items, [f"{question} {answer}", question, answer]).drops) == {0}
+    items.append(quiz("Who lit the lamp at Skerry Point on Sundays?"))
     assert NgramIndex.build(items, 13, 8).too_short == {"lamps": 1}
 
 
 def test_items_in_which_nothing_is_long_enough_are_counted():
-    index = NgramIndex.build([quiz("Two?", "Yes."), quiz()], 13, 8)
-    assert index.items == {"lamps": 2}
+    index = NgramIndex.build([quiz("Two?", "Yes."), quiz(), quiz(FILLER)], 13, 8)
+    assert index.items == {"lamps": 3}
     assert index.unseen == {"lamps": 1}
 
 
 def test_words_of_scripts_without_spaces_are_characters(decontaminate):
     question = "天王星の衛星のうち最も大きいものはどれですか"
-    row = f"前置きの文です。{question}？それはチタニアです。"
+    row = f"前置きの文です。{question}。それはチタニアです。"
     drops = decontaminate([item(question)], [row, "前置きの文です。それはチタニアです。"]).drops
     assert set(drops) == {0}
     assert drops[0].detail == f'lamps item 0: "{question}"'
@@ -141,9 +143,19 @@ def test_a_passage_of_a_few_items_is_looked_for(decontaminate):
     assert set(decontaminate(items, [QUESTION, ANSWER]).drops) == {0}
 
 
+def test_what_more_than_ten_items_of_a_large_task_share_is_not_an_item(decontaminate):
+    def large(sharing: int) -> list[EvaluationItem]:
+        texts = [f"{QUESTION} {n}" if n < sharing else f"{FILLER} {n}" for n in range(60)]
+        return [item(text, number=number) for number, text in enumerate(texts)]
+
+    assert not decontaminate(large(11), [QUESTION]).drops
+    assert set(decontaminate(large(10), [QUESTION]).drops) == {0}
+
+
 def test_a_short_text_of_two_items_is_ignored_unless_they_are_the_same_item(decontaminate):
     common = "Which of the following statements about it is true?"
-    other = [quiz(common, "Lamps burn oil."), quiz(common, "Boats carry herring.", number=1)]
+    others = [quiz(f"{QUESTION} {n}", f"{ANSWER} {n}", number=n) for n in range(2, 9)]
+    other = [quiz(common, "Lamps burn oil."), quiz(common, "Boats carry herring."), *others]
     same = [quiz(common, "Lamps burn oil."), quiz(common, "Lamps burn oil.", leaf="again")]
     assert not decontaminate(other, [common]).drops
     assert set(decontaminate(same, [common]).drops) == {0}
@@ -167,8 +179,8 @@ def chat(*turns: tuple[str, str]) -> Chat:
 def test_a_question_in_one_turn_and_its_answer_in_the_next_are_found(decontaminate):
     items = [quiz("Who lit the lamp first?", "The keeper of Skerry Point.")]
     rows = [
-        chat(("user", "Who lit the lamp first?"), ("assistant", "The keeper of Skerry Point.")),
-        chat(("user", "Who lit the lamp first?"), ("assistant", "A stranger from the mainland.")),
+        chat(("user", "Who lit the lamp first"), ("assistant", "The keeper of Skerry Point")),
+        chat(("user", "Who lit the lamp first"), ("assistant", "A stranger from the mainland")),
     ]
     assert set(decontaminate(items, rows).drops) == {0}
 
@@ -222,9 +234,16 @@ def test_a_drop_names_benchmark_task_item_and_the_words_as_the_row_writes_them(d
 
 
 def test_the_quote_is_right_where_words_are_not_ascii(decontaminate):
-    drop = decontaminate([quiz()], [f"Où être? Ça! {QUESTION}"]).drops[0]
+    drop = decontaminate([quiz()], [f"Où être? Ça! C\u0327a! {QUESTION}"]).drops[0]
     assert drop.detail is not None
     assert drop.detail.endswith(f'"{QUESTION.rstrip("?")}"')
+
+
+def test_the_longest_of_several_shared_runs_is_quoted(decontaminate):
+    part = " ".join(QUESTION.split()[:14])
+    rows = [f"{part} sank. {ANSWER}", f"{ANSWER} Then {part}"]
+    for drop in decontaminate([quiz()], rows).drops.values():
+        assert drop.detail == f'lamps item 0: "{ANSWER.rstrip(".")}"'
 
 
 def test_a_long_quote_is_cut(decontaminate):
@@ -254,7 +273,9 @@ def test_of_two_items_with_one_passage_the_one_asked_is_named(decontaminate):
 
 # --- the index --------------------------------------------------------------------------------
 
-WORDS = st.lists(st.sampled_from(["oil", "lamp", "reef", "boat", "keeper", "dusk", "tide"]), max_size=30)
+WORDS = st.lists(
+    st.sampled_from(["oil", "lamp", "reef", "boat", "keeper", "dusk", "tide"]), max_size=30
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -332,6 +353,21 @@ def real_filter(real_items, tmp_path_factory) -> DecontaminationFilter:
     path = tmp_path_factory.mktemp("real-index")
     NgramIndex.build(real_items, 13, 8).save(path)
     return DecontaminationFilter(path, 13, 8)
+
+
+def test_the_loader_gives_every_item_of_the_real_benchmarks(real_data, real_items):
+    def lines(path: str) -> list[dict[str, object]]:
+        return [orjson.loads(line) for line in (real_data / "hub" / path).read_bytes().splitlines()]
+
+    anatomy = lines("cais/mmlu/anatomy/test.jsonl")
+    counts = Counter(item.leaf for item in real_items)
+    assert counts["mmlu_anatomy"] == len(anatomy)
+    assert counts["hellaswag"] == len(lines("Rowan/hellaswag/validation.jsonl"))
+    items = [item for item in real_items if item.leaf == "mmlu_anatomy"]
+    for raw, item in zip(anatomy, items, strict=True):
+        right = raw["choices"][raw["answer"]]  # type: ignore[index]
+        assert item.question == str(raw["question"]).strip()
+        assert item.texts[-1] == f"{item.question}\n{right}"
 
 
 def web_pages(real_data: Path) -> list[str]:

@@ -243,9 +243,10 @@ def test_sentences_are_counted_within_a_line(line: str, count: int) -> None:
 
 
 def test_citation_markers_go_and_the_rest_of_the_line_stays() -> None:
-    text = "  " + GOOD.replace("first line", "first[1] line[citation needed]")
+    indented = "  " + GOOD.replace("\n", "\n\t")
+    text = indented.replace("first line", "first[1] line[citation needed]")
     decisions = decide(only("c4"), text)
-    assert text_of(decisions) == "  " + GOOD
+    assert text_of(decisions) == indented
     assert decisions.edits[0].detail == "2 citation markers removed"
 
 
@@ -260,6 +261,12 @@ def test_a_page_that_loses_nothing_keeps_every_byte() -> None:
     assert decide(only("c4"), text) == Decisions()
 
 
+def test_each_edit_stands_at_its_row() -> None:
+    texts = [f"Menu\n{GOOD}", prose(5), f"Menu\n{GOOD.replace('first', 'last')}"]
+    edits = decide(only("c4"), *texts).edits
+    assert {i: edit.row.row for i, edit in edits.items()} == {0: 1, 2: 3}
+
+
 def test_an_edit_changes_the_text_and_nothing_else() -> None:
     row = Document(id="a" * 16, file="x.md", row=7, text=f"Menu\n{GOOD}", category="c", score=0.5)
     edit = DocumentQualityFilter(only("c4")).apply(RowBatch.of("documents", [row])).edits[0]
@@ -269,8 +276,8 @@ def test_an_edit_changes_the_text_and_nothing_else() -> None:
 FINEWEB = [
     (
         "fineweb: too few lines end with punctuation",
-        [*[f"{line}." for line in LONG[:1]], *LONG[1:8]],
-        [f"{LONG[0]}.", *[word(i, 40) for i in range(24)], f"{LONG[1]}!", f"{LONG[2]}?"][:25],
+        [*[word(i, 40) + "." for i in range(4)], *[word(i, 40) for i in range(4, 33)]],
+        [*[word(i, 40) + "." for i in range(3)], *[word(i, 40) for i in range(3, 25)]],
     ),
     (
         "fineweb: characters in duplicate lines",
@@ -360,7 +367,8 @@ TEXTS = st.one_of(
         max_size=8,
     ).map("\n".join),
 )
-FEW_WORDS = st.lists(st.sampled_from(["a", "bé", "ccc", "日本"]), max_size=60).map(" ".join)
+PHRASES = ["a", "bé", "ccc", "日本", "a bé", "ccc 日本 a", "x", "a x ccc", "a y ccc", "y 日本 a bé"]
+FEW_WORDS = st.lists(st.sampled_from(PHRASES), max_size=60).map(" ".join)
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.data import minhash, similar
+from posttrain.data.near_duplicates import deduplicate_jsonl
 from posttrain.data.operations.near_dedup import NearDuplicates, sortable
 from posttrain.data.rows import Document, Row
 from posttrain.errors import DataError
@@ -272,3 +274,49 @@ def test_gaoya_finds_the_same_pairs_above_the_threshold() -> None:
     long = {(a, b) for a, b in found if similarity(texts[a], texts[b]) >= 0.8}
     assert long <= pairs
     assert all(similarity(texts[a], texts[b]) >= 0.8 for a, b in pairs)
+
+
+# From files to a file
+
+
+def lines_of(texts: Sequence[str]) -> bytes:
+    import json
+
+    return "".join(json.dumps({"n": n, "text": t}) + "\n" for n, t in enumerate(texts)).encode()
+
+
+def test_files_are_copied_without_near_duplicates(tmp_path: Path) -> None:
+    texts = corpus(1)
+    lines = lines_of(texts).splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([b"".join(lines[:20]), b""]))
+    (tmp_path / "b.jsonl").write_bytes(b"".join(lines[20:]).rstrip(b"\n"))
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    stats = deduplicate_jsonl(paths, tmp_path / "out.jsonl", processes=2)
+    gone = set(drops_of(near(), documents(texts)).rows.tolist())
+    assert set(stats.dropped.tolist()) == gone
+    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(
+        line for row, line in enumerate(lines) if row not in gone
+    )
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"text": "a"}{"text": "b"}\n{"text":\n"c"}\n',  # as many objects as lines
+        b'{"text": 5}\n',
+        b'{"other": "a"}\n',
+        b'{"text": "a"}\n{torn\n',
+        b"[1]\n",
+    ],
+)
+def test_what_is_no_json_lines_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.jsonl"):
+        deduplicate_jsonl([tmp_path / "a.jsonl"], tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_empty_files_give_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\n \n")
+    stats = deduplicate_jsonl([tmp_path / "a.jsonl"], tmp_path / "out.jsonl")
+    assert (stats.rows, (tmp_path / "out.jsonl").read_bytes()) == (0, b"")

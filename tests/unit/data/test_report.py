@@ -346,9 +346,9 @@ def test_no_more_examples_and_clusters_than_promised() -> None:
     assert page.count("Cluster of 4 rows") == CLUSTERS
 
 
-def test_page_warns_of_personal_data_only_if_it_shows_any() -> None:
-    assert "personal data" in report_html(minimal(examples=(example("a@b.c", "pii", "edited"),)))
-    assert "personal data" not in report_html(minimal(examples=(example("abc"),)))
+def test_page_says_that_personal_data_is_replaced_where_it_was_looked_for() -> None:
+    assert "Personal data" in report_html(minimal(examples=(example("a@b.c", "pii", "edited"),)))
+    assert "Personal data" not in report_html(minimal(examples=(example("abc"),)))
 
 
 def test_words_that_differ_are_marked_on_both_sides() -> None:

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
-import pytest
 import yaml
 
-from posttrain.errors import DataError
 from posttrain.evaluate.contamination import EvaluationItem, evaluation_items
 from posttrain.evaluate.harness import Benchmarks
 from posttrain.evaluate.python_docs_task import TASKS
@@ -60,6 +57,28 @@ def test_an_item_gives_prompt_question_answer_and_both(tmp_path):
     assert {f"{question}\n3 lamps of oil", f"{prompt}\n3 lamps of oil"} < set(item.texts)
 
 
+def test_the_question_is_found_among_empty_and_padded_fields(tmp_path):
+    rows = [{**row, "question": f"{row['question']} ", "hint": "", "topic": "oil"} for row in ROWS]
+    settings = {"doc_to_text": "{{question.strip()}}\n{{options | join('\n')}}"}
+    folder = write_task(tmp_path, rows, **settings)
+    items = evaluation_items(Benchmarks(("lamps",), (folder,)))
+    assert [item.question for item in items] == [row["question"] for row in ROWS]
+
+
+def test_a_question_of_one_word_is_found_at_the_prompts_beginning(tmp_path):
+    rows = [{**row, "question": "Lighthouses", "topic": "oil"} for row in ROWS]
+    folder = write_task(tmp_path, rows, doc_to_text="{{question}}\n{{options | join('\n')}}")
+    item = evaluation_items(Benchmarks(("lamps",), (folder,)))[0]
+    assert item.question == "Lighthouses"
+    assert "Lighthouses\n0 lamps of oil" in item.texts
+
+
+def test_a_text_without_a_prompt_is_its_own_question(tmp_path):
+    # The form of tasks that measure perplexity.
+    item = items_of(tmp_path, doc_to_text="", doc_to_choice=None, doc_to_target="{{passage}}")[0]
+    assert item.question == PASSAGE
+
+
 def test_wrong_choices_are_not_looked_for_alone(tmp_path):
     assert all("a hundred candles" not in item.texts for item in items_of(tmp_path))
 
@@ -78,6 +97,16 @@ def test_letters_as_choices_stand_for_the_texts_of_the_raw_item(tmp_path):
 def test_several_right_choices_are_all_looked_for(tmp_path):
     texts = items_of(tmp_path, doc_to_target="{{[0, 2]}}")[1].texts
     assert {"1 lamps of oil", "a hundred candles"} < set(texts)
+
+
+def test_a_choice_named_by_its_text_is_the_answer(tmp_path):
+    by_name = items_of(tmp_path, doc_to_target="{{options[2]}}")[1]
+    assert "a hundred candles" in by_name.texts
+    assert "1 lamps of oil" not in by_name.texts
+
+    none_of_them = items_of(tmp_path, doc_to_target="as many as there were ships")[1]
+    assert "as many as there were ships" in none_of_them.texts
+    assert "1 lamps of oil" not in none_of_them.texts
 
 
 def test_a_generation_task_gives_its_target(tmp_path):
@@ -115,24 +144,3 @@ def test_a_task_behind_two_names_counts_for_the_first(tmp_path):
     items = evaluation_items(Benchmarks(("sea", "lamps"), (write_task(tmp_path),)))
     assert {(item.benchmark, item.leaf) for item in items} == {("sea", "lamps")}
     assert len(items) == len(ROWS)
-
-
-def test_an_unknown_task_is_named(tmp_path):
-    with pytest.raises(DataError, match="there is no task `lumps`; did you mean `lamps`"):
-        evaluation_items(Benchmarks(("lumps",), (write_task(tmp_path),)))
-
-
-def test_mmlu_and_hellaswag_give_every_item_by_the_name_asked_for(real_data):
-    benchmarks = Benchmarks(("mmlu_anatomy", "hellaswag"), offline_root=real_data / "hub")
-    items = evaluation_items(benchmarks)
-
-    hub = real_data / "hub"
-    anatomy = (hub / "cais/mmlu/anatomy/test.jsonl").read_text().splitlines()
-    swag = next((hub / "Rowan/hellaswag").rglob("*validation*")).read_text().splitlines()
-    assert Counter(item.leaf for item in items) == {
-        "mmlu_anatomy": len(anatomy),
-        "hellaswag": len(swag),
-    }
-    raw = json.loads(anatomy[0])
-    assert items[0].question == raw["question"]
-    assert raw["choices"][raw["answer"]] in items[0].texts
