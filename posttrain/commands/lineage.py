@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -85,7 +85,7 @@ def rows(
             f"No dataset that {label(found)} was made from has this row; it is known from {known}.",
             *missing,
         ]
-        answers = history.trace([elsewhere[0].id])
+        answers = [replace(elsewhere[0], fates=(), trained=(), unused=(), measured=())]
     _check_found(answers, row or grep or text or "", searched, missing)
     _show(answers, searched, missing, limit, as_json)
 

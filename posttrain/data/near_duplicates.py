@@ -136,6 +136,11 @@ def _read_chunk(chunk: tuple[str, list[bytes]], column: str, bands: int) -> _Chu
 
 
 def parse_texts(name: str, lines: list[bytes], column: str) -> pa.Array:
+    """The texts under `column` of lines of JSON, one a line.
+
+    Raises:
+        DataError: a line is no JSON object, or has no such text.
+    """
     import pyarrow as pa
     import pyarrow.json as pj
 

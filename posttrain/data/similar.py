@@ -236,6 +236,7 @@ def pack_pairs(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def unpack_pairs(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two positions of each packed pair."""
     mask = np.uint64(0xFFFFFFFF)
     return (packed >> np.uint64(32)).astype(np.int64), (packed & mask).astype(np.int64)
 
