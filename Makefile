@@ -5,7 +5,7 @@ LOCK   ?= requirements.lock
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock quickstart test lint test-slow proof-quickstart clean
+.PHONY: help install lock quickstart test lint test-slow proof-quickstart bench-data clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -53,5 +53,15 @@ test-slow: install  ## Tests that take minutes.
 proof-quickstart: install  ## Time the quickstart, cold and cached; the last line is JSON.
 	@$(BIN)/python benchmarks/quickstart.py
 
+# Peers have requirements of their own, so they get an environment of their own.
+.venv-peers/.installed: benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+# BENCH passes options on, such as BENCH="--corpus DIR --hub DIR --only near".
+bench-data: install .venv-peers/.installed  ## Speed, recall and memory of the data stage, beside its peers.
+	@$(BIN)/python benchmarks/data.py --peers-python .venv-peers/bin/python $(BENCH)
+
 clean:  ## Remove the environment and all results.
-	rm -rf .venv .posttrain
+	rm -rf .venv .venv-peers .posttrain

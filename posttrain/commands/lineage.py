@@ -27,6 +27,19 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+_MEANINGS = {
+    "trained": "trained on",
+    "in the training set": "in the training set; whether they were read is not recorded",
+    "not read": "not read: training ended, or the kept checkpoint was taken, before",
+    "left out": "left out: no token to train on",
+    "validation": "validation",
+    "test": "test",
+    "not taken": "not taken into the mix",
+    "dropped": "dropped",
+    "bad": "could not be read",
+}
+"""What became of a row, in the order in which it is shown."""
+
 Grep = Annotated[
     str | None,
     typer.Option(metavar="TEXT", help="Rows in which this text stands, in any case."),
@@ -87,7 +100,7 @@ def rows(
         ]
         answers = [replace(elsewhere[0], fates=(), trained=(), unused=(), measured=())]
     _check_found(answers, row or grep or text or "", searched, missing)
-    _show(answers, searched, missing, limit, as_json)
+    _show(answers, searched, missing, limit, as_json, found)
 
 
 @app.command("models-with")
@@ -166,7 +179,9 @@ def _show(
     missing: Sequence[str],
     limit: int,
     as_json: bool,
+    about: Artifact | None = None,
 ) -> None:
+    """Print answers; in those about one artifact, say first what became of the row there."""
     if as_json:
         models = {use.model.fingerprint: asdict(use.model) for a in answers for use in a.trained}
         _print_json(
@@ -180,7 +195,7 @@ def _show(
         return
     console = _console()
     for answer in answers[:limit]:
-        _show_row(console, answer)
+        _show_row(console, answer, about)
     if len(answers) > 1:
         _show_union(console, answers, limit)
     if searched is not None:
@@ -189,7 +204,7 @@ def _show(
         console.print(f"Note: {line}", style="yellow")
 
 
-def _show_row(console: Console, answer: RowAnswer) -> None:
+def _show_row(console: Console, answer: RowAnswer, about: Artifact | None) -> None:
     at = f"{answer.file}:{answer.row}" if answer.file else "place unknown: its dataset is gone"
     sources = f"  (source: {'; '.join(answer.sources)})" if answer.sources else ""
     console.print(f"{answer.id or 'row without id'}  {at}{sources}", style="bold", soft_wrap=True)
@@ -199,9 +214,15 @@ def _show_row(console: Console, answer: RowAnswer) -> None:
         listed = ", ".join(answer.repeated_by[:5])
         more = f" and {len(answer.repeated_by) - 5:,} more" if len(answer.repeated_by) > 5 else ""
         console.print(f"  Dropped because they repeat it: {listed}{more}", soft_wrap=True)
-    console.print(_verdict(answer), style="bold", soft_wrap=True)
-    if answer.trained:
-        console.print(_use_table(answer.trained))
+    console.print(_verdict(answer, about), style="bold", soft_wrap=True)
+    by_words: dict[Through | None, list[Use]] = {}
+    for use in answer.trained:
+        by_words.setdefault(use.through, []).append(use)
+    for through in sorted(by_words, key=lambda through: through is not None):
+        if through is not None:
+            said = _through(through)
+            console.print(f"{said[0].upper()}{said[1:]}:", soft_wrap=True)
+        console.print(_use_table(by_words[through]))
     for unused in answer.unused:
         console.print(f"  Not by {_node(unused.model)}: {unused.reason}", soft_wrap=True)
     if answer.measured:
@@ -212,22 +233,29 @@ def _show_row(console: Console, answer: RowAnswer) -> None:
     console.print()
 
 
-def _verdict(answer: RowAnswer) -> str:
+def _verdict(answer: RowAnswer, about: Artifact | None) -> str:
     """The answer in a sentence."""
-    own = sum(use.through is None for use in answer.trained)
-    others = len(answer.trained) - own
+    from posttrain.lineage.graph import WEIGHTS, label
+
+    trained = answer.trained
+    if about is not None and about.kind in WEIGHTS:
+        trained = tuple(use for use in trained if use.model.fingerprint == about.fingerprint)
+        nobody = somebody = label(about)
+        nobody = f"{nobody} did not learn"
+    else:
+        nobody = "No model learned"
+        somebody = _count(sum(use.through is None for use in trained), "model")
+    own = [use for use in trained if use.through is None]
+    others = len(trained) - len(own)
+    alike = "that says the same or nearly so"
     if own:
-        sure = any(use.how == "trained" for use in answer.trained if use.through is None)
-        learned = "learned from this row" if sure else "may have learned from this row"
-        also = f", and {others:,} from one that says the same or nearly so" if others else ""
-        return f"{_count(own, 'model')} {learned}{also}."
+        learned = "learned" if any(use.how == "trained" for use in own) else "may have learned"
+        also = f", and {others:,} more from one {alike}" if others else ""
+        return f"{somebody} {learned} from this row{also}."
     if others:
-        verb = "was" if others == 1 else "were"
-        return (
-            "No model learned from this row itself, but "
-            f"{_count(others, 'model')} {verb} trained on one that says the same or nearly so."
-        )
-    return "No model learned from this row."
+        who = "it did" if about is not None and about.kind in WEIGHTS else f"{others:,} did"
+        return f"{nobody} from this row itself, but {who} from one {alike}."
+    return f"{nobody} from this row."
 
 
 def _fate(fate: Fate) -> str:
@@ -243,21 +271,18 @@ def _fate(fate: Fate) -> str:
     return f"{at}, edited by {line.operation}{said}" if line.verdict == "edit" else f"{at}{said}"
 
 
-def _use_table(uses: Iterable[Use]) -> Table:
+def _use_table(uses: Sequence[Use]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("  model", "fingerprint", "kind", "how", "MLflow run"):
+    tracked = any(use.model.mlflow_run_id for use in uses)
+    for column in ("  model", "fingerprint", "kind", "how", *(["MLflow run"] if tracked else [])):
         table.add_column(column, no_wrap=column == "fingerprint", overflow="fold")
     for use in uses:
-        table.add_row(
-            f"  {use.model.name}",
-            use.model.fingerprint[:12],
-            use.model.kind,
-            Text(_how(use)),
-            use.model.mlflow_run_id or "",
-        )
+        model = use.model
+        cells = [f"  {model.name}", model.fingerprint[:12], model.kind, Text(_how(use))]
+        table.add_row(*cells, *([model.mlflow_run_id or ""] if tracked else []))
     return table
 
 
@@ -268,9 +293,7 @@ def _how(use: Use) -> str:
         said = "trained on it" + (f", {_count(use.passes, 'pass')}" if use.passes else "")
     else:
         said = "in its training set; whether it was read is not recorded"
-    if use.edited:
-        said += f"; as edited ({use.edited})"
-    return f"{said}; {_through(use.through)}" if use.through else said
+    return f"{said}; as edited ({use.edited})" if use.edited else said
 
 
 def _through(through: Through) -> str:
@@ -339,24 +362,19 @@ def _show_training_set(console: Console, one: TrainingSet) -> None:
         console.print(f"\n{_node(one.model)}  {one.headline}", soft_wrap=True)
         console.print(f"trained on {_node(one.data)}", soft_wrap=True)
     for share in one.shares:
+        console.print(f"{share.dataset}: {share.source}", soft_wrap=True)
         console.print(_share_table(share))
 
 
 def _share_table(share: Share) -> Table:
     from rich.table import Table
 
-    table = Table(
-        title=f"{share.dataset}: {share.source}",
-        title_justify="left",
-        title_style="",
-        box=None,
-        pad_edge=False,
-        show_header=False,
-    )
+    table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(justify="right")
     table.add_column(overflow="fold")
-    for verdict, count in share.rows.most_common():
-        table.add_row(f"  {count:,}", verdict)
+    for verdict, meaning in _MEANINGS.items():
+        if share.rows[verdict]:
+            table.add_row(f"  {share.rows[verdict]:,}", meaning)
         for reason, number in share.dropped.most_common() if verdict == "dropped" else ():
             table.add_row("", f"  {number:,} by {reason}")
     return table

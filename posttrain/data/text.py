@@ -10,6 +10,8 @@ def normalise(text: str, *, ignore_case: bool = False) -> str:
 
     Texts equal without `ignore_case` are equal with it.
     """
+    if text.isascii():  # ASCII is in NFC, and folds by lower case
+        return " ".join((text.lower() if ignore_case else text).split())
     text = unicodedata.normalize("NFC", text)
     if ignore_case:
         # Folding can take a text out of NFC (Unicode 16, section 3.13, D145).

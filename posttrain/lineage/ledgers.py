@@ -96,7 +96,9 @@ def search(
             for batch in _texts(dataset.path / f"{side}.parquet"):
                 rows += batch.num_rows
                 said = _rows_that_say(batch, text, whole)
-                found |= dict.fromkeys(batch.column("id").take(pa.array(said)).to_pylist())
+                found |= dict.fromkeys(
+                    batch.column("id").take(pa.array(said, pa.int64())).to_pylist()
+                )
         verdicts = _read(dataset.path / "ledger.parquet", ("verdict",)).column("verdict")
         counts = {item["values"]: item["counts"] for item in verdicts.value_counts().to_pylist()}
         edited += counts.get("edit", 0)

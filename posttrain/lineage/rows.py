@@ -255,10 +255,12 @@ class RowHistory:
     def _answer(self, name: str, facts: _Facts) -> RowAnswer:
         lines = [line for _, line in sorted(facts.fates, key=lambda fate: not _reads(fate[0]))]
         first = lines[0] if lines else None
-        trained = list(self._uses(name, facts, None, frozenset()))
         uses: dict[str, Use] = {}
-        for use in trained:  # direct uses come first, and say more
+        found = self._uses(name, facts, None, frozenset())
+        # A model may have learned from a row in several ways: the most direct one is told.
+        for use in sorted(found, key=lambda use: (use.through is not None, len(use.way))):
             uses.setdefault(use.model.fingerprint, use)
+        order = {fingerprint: place for place, fingerprint in enumerate(self._graph.artifacts)}
         measured: dict[tuple[str, str], Measured] = {}
         for one in self._measured(name, facts, None, frozenset()):
             measured.setdefault((one.by.fingerprint, one.what), one)
@@ -276,7 +278,7 @@ class RowHistory:
             row=first.row if first else None,
             sources=tuple(sources),
             fates=tuple(Fate(Node.of(dataset), line) for dataset, line in facts.fates),
-            trained=tuple(uses.values()),
+            trained=tuple(sorted(uses.values(), key=lambda use: order[use.model.fingerprint])),
             unused=tuple(unused),
             measured=tuple(measured.values()),
             repeated_by=tuple(facts.repeats),

@@ -58,7 +58,7 @@ LOOKED_AT = 600
 """Characters of a text that are identified."""
 FIRST_LOOK = 240
 """Characters that are enough where the answer is `SURE`."""
-SURE = 0.9
+SURE = 0.8
 """Probability from which nothing more is looked at."""
 _PIECES = 3
 """Pieces that they are taken in, evenly spaced from the first character to the last."""
@@ -108,8 +108,9 @@ class LanguageFilter:
         else:
             texts = [_conversation(row) for row in batch.rows]
         decisions = Decisions()
+        sure = max(SURE, self.config.min_confidence)
         for position, text in enumerate(texts):
-            scores = identify(text, self.config.min_characters)
+            scores = identify(text, self.config.min_characters, sure)
             if scores is None:
                 decisions.found[TOO_SHORT] += 1
                 continue
@@ -130,30 +131,32 @@ class LanguageFilter:
         return Drop("uncertain language", f"{top} {score:.2f}; at least {needed:.2f}")
 
 
-def identify(text: str, min_characters: int = 0) -> dict[str, float] | None:
+def identify(text: str, min_characters: int = 0, sure: float = SURE) -> dict[str, float] | None:
     """Probabilities of the most probable languages of a text, highest first.
 
     Args:
         text: Any text; code blocks, addresses and tags in it are not looked at.
         min_characters: Fewest characters of prose from which there is an answer.
+        sure: Probability from which a first look at part of a long text is enough.
 
     Returns:
         Up to 10 languages with their probabilities, or None for too little prose.
     """
     if len(text) > LOOKED_AT:
-        first = _scores(_sample(text, FIRST_LOOK), min_characters)
-        if first is not None and max(first.values()) >= SURE:
+        # One answer costs half of ten: the search through the model's tree stops early.
+        first = _scores(_sample(text, FIRST_LOOK), min_characters, 1)
+        if first is not None and max(first.values()) >= sure:
             return first
-    return _scores(_sample(text, LOOKED_AT), min_characters)
+    return _scores(_sample(text, LOOKED_AT), min_characters, 10)
 
 
-def _scores(sample: str, min_characters: int) -> dict[str, float] | None:
+def _scores(sample: str, min_characters: int, languages: int) -> dict[str, float] | None:
     if len(sample) < min_characters or not any(map(str.isalpha, sample)):
         return None
     # All capitals are taken for other languages: the model has seen few of them.
     if sample.isupper():
         sample = sample.lower()
-    found = _detector().detect(sample, model="lite", k=10)
+    found = _detector().detect(sample, model="lite", k=languages)
     return {str(item["lang"]): float(item["score"]) for item in found}
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from posttrain.data.batch import RowBatch, row_text
+from posttrain.data.mix_parts import assert_no_leak, read_part
 from posttrain.data.mix_report import MixReport, headline
 from posttrain.data.mix_shares import apportion
 from posttrain.data.mixing import mix_datasets
@@ -177,6 +178,15 @@ def test_a_large_replay_set_does_not_make_the_sources_repeat(mix: Mix) -> None:
     assert mixed.counts("validation") == {"a": 1}
 
 
+def test_a_replay_set_with_few_validation_rows_leaves_the_others_theirs(mix: Mix) -> None:
+    mixed = mix(
+        {"a": chats("a", 90, 50), "general": chats("general", 10, 1)},
+        sources=[{"dataset": "a"}],
+        replay={"dataset": "general", "fraction": 0.1},
+    )
+    assert mixed.counts("validation") == {"a": 50, "general": 1}
+
+
 def test_a_source_without_test_rows_is_named(mix: Mix) -> None:
     mixed = mix({"a": chats("a", 20, 2, 2), "b": chats("b", 20, 2)})
     assert mixed.counts("test") == {"a": 2}
@@ -216,6 +226,8 @@ def test_a_larger_mix_takes_the_same_rows_in_the_same_order_and_more(tmp_path: P
 
 def test_the_order_of_rows_in_their_files_changes_no_byte(tmp_path: Path) -> None:
     datasets = {"a": chats("a", 60, 8, 8), "b": chats("b", 50, 8, 8)}
+    twice = [replace(row, id=f"{n:016}") for n, row in enumerate(datasets["a"]["train"])]
+    datasets["a"] = {**datasets["a"], "train": [*datasets["a"]["train"], *twice]}
     turned: dict[str, Sides] = {
         name: {side: rows[::-1] for side, rows in sides.items()} for name, sides in datasets.items()
     }
@@ -231,11 +243,11 @@ def test_mixing_twice_gives_the_same_bytes_and_another_seed_other_rows(tmp_path:
     for number, seed in enumerate((1, 1, 2)):
         run_mix(tmp_path / str(number), datasets, rows=50, seed=seed, max_repeats=2)
     files = [*CONTENT, "ledger.parquet"]
-    contents = [
-        [(tmp_path / str(n) / "out" / name).read_bytes() for name in files] for n in range(3)
-    ]
-    assert contents[0] == contents[1]
-    assert contents[0][0] != contents[2][0]
+    folders = [tmp_path / str(n) / "out" for n in range(3)]
+    for name in files:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    ids = [{row.id for row in PreparedDataset.open(folder).train()} for folder in folders]
+    assert ids[0] != ids[2]
 
 
 def test_sources_are_interleaved(mix: Mix) -> None:
@@ -243,6 +255,20 @@ def test_sources_are_interleaved(mix: Mix) -> None:
     names = [row_text(row).split()[0] for row in mixed.dataset.train()]
     # 400 fair coin tosses have fewer than 150 changes with a probability below 1e-6.
     assert sum(one != other for one, other in pairwise(names)) > 150
+
+
+def test_the_first_validation_rows_are_of_all_sources(mix: Mix) -> None:
+    mixed = mix({"a": chats("a", 100, 100), "b": chats("b", 100, 100)})
+    names = Counter(row_text(row).split()[0] for row in mixed.dataset.validation(50))
+    assert min(names["a"], names["b"]) >= 10
+
+
+def test_repeats_of_a_row_stand_apart(mix: Mix) -> None:
+    even = [{"dataset": "a", "weight": 1}, {"dataset": "b", "weight": 1}]
+    mixed = mix({"a": chats("a", 200), "b": chats("b", 50)}, sources=even, max_repeats=4)
+    ids = [row.id for row in mixed.dataset.train()]
+    # 300 pairs of copies at random places among 400 rows: 1.5 neighbours are to be expected.
+    assert sum(one == other for one, other in pairwise(ids)) < 10
 
 
 def test_rows_stand_in_order_beyond_one_block(mix: Mix) -> None:
@@ -308,6 +334,16 @@ def test_a_dataset_that_others_hold_out_whole_is_an_error(mix: Mix) -> None:
     )
 
 
+def test_a_leak_that_got_through_stops_the_mix(tmp_path: Path) -> None:
+    own: Sides = {"train": [chat("one")], "validation": [chat("ONE", answer="Another.")]}
+    write_dataset(tmp_path, "chats", own)
+    parts = {side: [read_part(PreparedDataset.open(tmp_path), side, None)] for side in SIDES}
+    for (part,) in parts.values():
+        part.copies[:] = 1
+    with pytest.raises(RuntimeError, match="on two sides: train and validation"):
+        assert_no_leak(parts)
+
+
 PROMPTS = st.sampled_from([f"p{n}" for n in range(12)])
 ROW = st.builds(chat, PROMPTS, st.integers(1, 3), answer=st.sampled_from(["x", "y"]))
 
@@ -368,6 +404,7 @@ def assert_positions_match(ledger: Sequence[LedgerLine], sides: Mapping[Side, li
         also = (line.detail or "").partition("also at ")[2]
         for place in [line.output, *(int(word) for word in also.split(", ") if word)]:
             assert place not in named[line.split]
+            assert place >= line.output
             named[line.split][place] = line.id
     for side, rows in sides.items():
         assert named[side] == {place: row.id for place, row in enumerate(rows)}
