@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 
 _MEANINGS = {
+    "train": "training rows",
     "trained": "trained on",
     "in the training set": "in the training set; whether they were read is not recorded",
     "not read": "not read: training ended, or the kept checkpoint was taken, before",
@@ -220,16 +221,15 @@ def _show_row(console: Console, answer: RowAnswer, about: Artifact | None) -> No
         by_words.setdefault(use.through, []).append(use)
     for through in sorted(by_words, key=lambda through: through is not None):
         if through is not None:
-            said = _through(through)
-            console.print(f"{said[0].upper()}{said[1:]}:", soft_wrap=True)
+            console.print(f"{_through(through).capitalize()}:", soft_wrap=True)
         console.print(_use_table(by_words[through]))
     for unused in answer.unused:
         console.print(f"  Not by {_node(unused.model)}: {unused.reason}", soft_wrap=True)
     if answer.measured:
         console.print("Measured with it, not trained on it:")
     for one in answer.measured:
-        through = f", {_through(one.through)}" if one.through else ""
-        console.print(f"  {_node(one.by)}  {one.side} row; {one.what}{through}", soft_wrap=True)
+        via = f", {_through(one.through)}" if one.through else ""
+        console.print(f"  {_node(one.by)}  {one.side} row; {one.what}{via}", soft_wrap=True)
     console.print()
 
 
@@ -281,8 +281,9 @@ def _use_table(uses: Sequence[Use]) -> Table:
         table.add_column(column, no_wrap=column == "fingerprint", overflow="fold")
     for use in uses:
         model = use.model
-        cells = [f"  {model.name}", model.fingerprint[:12], model.kind, Text(_how(use))]
-        table.add_row(*cells, *([model.mlflow_run_id or ""] if tracked else []))
+        cells = [f"  {model.name}", model.fingerprint[:12], model.kind, _how(use)]
+        cells += [model.mlflow_run_id or ""] if tracked else []
+        table.add_row(*(Text(cell) for cell in cells))
     return table
 
 

@@ -112,25 +112,36 @@ def training_sizes(
     return TrainingSizes(taken, wanted, warnings)
 
 
-def held_out_sizes(members: Sequence[Member], rows: Sequence[int]) -> list[int]:
-    """Validation or test rows of each member: by the same shares, none twice.
+def held_out_sizes(
+    members: Sequence[Member], rows: Sequence[int], taken: Sequence[int], of: Sequence[int]
+) -> list[int]:
+    """Validation or test rows of each member, none twice.
 
-    As many as the sources allow. Replay and adversarial rows give at most their share and do not
-    make the others fewer; a source without rows on this side leaves its share to the others.
+    They are taken at the rate at which the training rows are, the highest rate of a source being
+    all of its rows. So sources that were split alike have the same shares on every side, and if
+    nothing is left out of training, nothing is here. Replay and adversarial rows never get more
+    than their share, however many a general dataset holds out.
+
+    Args:
+        members: The datasets.
+        rows: Rows of this side that each has.
+        taken: Training rows that each gives, repeats counted.
+        of: Training rows that each has; none is 0.
     """
-    present = [
-        member.share if count else Fraction() for member, count in zip(members, rows, strict=True)
-    ]
-    whole = sum(present, Fraction())
-    ends = [
-        count * whole / share
-        for member, share, count in zip(members, present, rows, strict=True)
-        if share and member.role == "source"
-    ]
-    if not ends:
+    rates = [Fraction(*pair) for pair in zip(taken, of, strict=True)]
+    highest = max(r for m, r in zip(members, rates, strict=True) if m.role == "source")
+    if not highest:
         return [0] * len(members)
-    sizes = apportion(math.floor(min(ends)), [share / whole for share in present])
-    return [min(size, count) for size, count in zip(sizes, rows, strict=True)]
+    sizes = [
+        min(count, _at_least_one(count * rate / highest)) if rate else 0
+        for count, rate in zip(rows, rates, strict=True)
+    ]
+    sources = [i for i, member in enumerate(members) if member.role == "source"]
+    whole = sum(sizes[i] for i in sources) / sum((members[i].share for i in sources), Fraction())
+    for i, member in enumerate(members):
+        if member.role != "source":
+            sizes[i] = min(sizes[i], _at_least_one(whole * member.share) if whole else 0)
+    return sizes
 
 
 def apportion(
@@ -182,3 +193,7 @@ def _flattened(count: int, temperature: float | None) -> Fraction:
     if temperature is None or temperature == 1:
         return Fraction(count)
     return Fraction(count ** (1 / temperature))
+
+
+def _at_least_one(number: Fraction) -> int:
+    return max(1, math.floor(number + Fraction(1, 2)))

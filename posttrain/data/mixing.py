@@ -129,7 +129,7 @@ def _choose(config: MixConfig, members: Sequence[Member], parts: Parts) -> tuple
     sizes: dict[Side, list[int]] = {"train": training.taken}
     for side in HELD_OUT:
         rows = [len(part.free) for part in parts[side]]
-        sizes[side] = held_out_sizes(members, rows)
+        sizes[side] = held_out_sizes(members, rows, training.taken, counts)
         lacking = [str(member) for member, count in zip(members, rows, strict=True) if not count]
         if lacking and any(rows):
             warnings.append(

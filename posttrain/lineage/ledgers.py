@@ -99,6 +99,8 @@ def search(
                 found |= dict.fromkeys(
                     batch.column("id").take(pa.array(said, pa.int64())).to_pylist()
                 )
+        if "rows" not in dataset.manifest.inputs:
+            continue  # a mix: what it left out is in the datasets that it was mixed from
         verdicts = _read(dataset.path / "ledger.parquet", ("verdict",)).column("verdict")
         counts = {item["values"]: item["counts"] for item in verdicts.value_counts().to_pylist()}
         edited += counts.get("edit", 0)
@@ -177,19 +179,19 @@ def _read(path: Path, columns: Sequence[str], where: pc.Expression | None = None
     import pyarrow.dataset as pd
 
     try:
-        found = pd.dataset(path, format="parquet")
-        there = [name for name in columns if name in found.schema.names]
-        table = found.to_table(columns=there, filter=where)
+        there = pd.dataset(path, format="parquet").schema
+        lacking = [
+            (name, pa.int64() if name in _NUMBERS else pa.string())
+            for name in columns
+            if name not in there.names
+        ]
+        found = pd.dataset(path, format="parquet", schema=pa.schema([*there, *lacking]))
+        return found.to_table(columns=list(columns), filter=where)
     except (OSError, pa.ArrowException) as error:
         raise StoreError(
             f"{path}: cannot be read, so no full answer can be given: {error}; "
             "`posttrain store verify` finds what is damaged"
         ) from error
-    for name in columns:
-        if name not in there:
-            kind = pa.int64() if name in _NUMBERS else pa.string()
-            table = table.append_column(name, pa.nulls(len(table), kind))
-    return table.select(list(columns))
 
 
 def _texts(path: Path) -> Iterator[pa.RecordBatch]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -260,7 +261,6 @@ class RowHistory:
         # A model may have learned from a row in several ways: the most direct one is told.
         for use in sorted(found, key=lambda use: (use.through is not None, len(use.way))):
             uses.setdefault(use.model.fingerprint, use)
-        order = {fingerprint: place for place, fingerprint in enumerate(self._graph.artifacts)}
         measured: dict[tuple[str, str], Measured] = {}
         for one in self._measured(name, facts, None, frozenset()):
             measured.setdefault((one.by.fingerprint, one.what), one)
@@ -278,11 +278,15 @@ class RowHistory:
             row=first.row if first else None,
             sources=tuple(sources),
             fates=tuple(Fate(Node.of(dataset), line) for dataset, line in facts.fates),
-            trained=tuple(sorted(uses.values(), key=lambda use: order[use.model.fingerprint])),
+            trained=tuple(sorted(uses.values(), key=self._age)),
             unused=tuple(unused),
             measured=tuple(measured.values()),
             repeated_by=tuple(facts.repeats),
         )
+
+    def _age(self, use: Use) -> tuple[datetime, int]:
+        """Sorts by the time at which models were made; it is known to the second."""
+        return self._graph.artifacts[use.model.fingerprint].manifest.created, len(use.way)
 
     def _uses(
         self, name: str, facts: _Facts, through: Through | None, seen: frozenset[str]

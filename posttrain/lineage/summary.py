@@ -31,8 +31,9 @@ class Share:
     dataset: str
     source: str
     rows: Counter[str] = field(default_factory=Counter)
-    """Rows by what became of them: trained, in the training set, not read, left out, validation,
-    test, not taken, dropped, bad."""
+    """Rows by what became of them: trained, in the training set (whether they were read is not
+    recorded), not read, left out, validation, test, not taken, dropped, bad. Where it is asked
+    about a dataset itself, `train` stands for the first four."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Dropped rows by operation and reason."""
 
@@ -118,7 +119,7 @@ def used_lines(graph: Graph, model: Artifact | None, dataset: Artifact) -> pa.Ta
     used[verdict == "drop"] = "dropped"
     used[verdict == "bad"] = "bad"
     trains = (split == "train") & (verdict != "drop")
-    used[trains] = "in the training set"
+    used[trains] = "in the training set" if model else "train"
     used[~table.column("own").to_numpy() & trains] = "not taken"
     passes = pa.nulls(len(table), pa.int64())
     account = account_lines(model) if model else None

@@ -208,9 +208,7 @@ class PrepareConfig(StageConfig):
     """Cleans a dataset, splits it, and says of every row what became of it."""
 
     produces: ClassVar[ArtifactKind] = "dataset"
-    accounts: ClassVar[frozenset[str]] = frozenset(
-        {"ledger.parquet", "report.html", "report.json"}
-    )
+    accounts: ClassVar[frozenset[str]] = frozenset({"ledger.parquet", "report.html", "report.json"})
     code_version: ClassVar[int] = 2
 
     stage: Literal["prepare"] = "prepare"

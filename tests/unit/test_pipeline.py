@@ -9,13 +9,20 @@ from typing import Any
 import pytest
 import yaml
 
+from posttrain.data.prepared import PreparedDataset
 from posttrain.errors import RecipeError
+from posttrain.execute import Outcome, StageObserver, run_step
 from posttrain.opening import open_pipeline
 from posttrain.pipeline import Pipeline
 from posttrain.store import Store
 
 CHAT = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}]}
 PAIR = {"prompt": "Hi?", "chosen": "Hello.", "rejected": "No."}
+
+
+def mix(*datasets: str, name: str = "blend", **settings: Any) -> dict[str, Any]:
+    """A stage that mixes these datasets by their sizes."""
+    return {"mix": {"name": name, "sources": [{"dataset": d} for d in datasets], **settings}}
 
 
 @pytest.fixture
@@ -63,6 +70,77 @@ def test_a_stage_may_start_from_a_named_one(open_recipe: Any) -> None:
     third = {"sft": {"dataset": "chats", "name": "third", "model": "sft", "seed": 2}}
     pipeline = open_recipe(full, other, third)
     assert pipeline.step("third").inputs["model"] == pipeline.step("sft").output
+
+
+@pytest.fixture
+def two_chats(tmp_path: Path) -> dict[str, Any]:
+    """Datasets `chats` and `more` of 20 conversations each."""
+    for name in ("chats", "more"):
+        rows = [
+            {"prompt": f"What is {name} {number}?", "completion": f"It is {number}."}
+            for number in range(20)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: {"source": str(tmp_path / f"{name}.jsonl")} for name in ("chats", "more")}
+
+
+def test_a_mix_is_a_dataset_for_later_stages(open_recipe: Any, two_chats: dict[str, Any]) -> None:
+    pipeline = open_recipe(
+        mix("chats", "more"), {"sft": {"dataset": "blend"}}, "merge", "evaluate", datasets=two_chats
+    )
+    assert [step.name for step in pipeline.steps] == [
+        *("preflight", "preflight-2", "prepare-chats", "prepare-more", "blend", "evaluate-base"),
+        *("sft", "merge", "evaluate"),
+    ]
+    blend = pipeline.step("blend").output
+    for name, key in (("sft", "dataset"), ("merge", "prompts"), ("evaluate", "dataset")):
+        assert pipeline.step(name).inputs[key] == blend
+
+
+def test_our_questions_fit_a_mix_with_rows_about_python(
+    open_recipe: Any, two_chats: dict[str, Any]
+) -> None:
+    datasets = {**two_chats, "docs": {"source": "builtin:python-docs/chats"}}
+    asked = {"evaluate": {"tasks": ["python_docs_trained"]}}
+    pipeline = open_recipe(
+        mix("chats", "docs"), {"sft": {"dataset": "blend"}}, asked, datasets=datasets
+    )
+    assert pipeline.step("evaluate").inputs["dataset"] == pipeline.step("blend").output
+
+
+def test_a_mix_may_be_mixed_again(open_recipe: Any, two_chats: dict[str, Any]) -> None:
+    again = mix("blend", name="again", replay={"dataset": "more", "fraction": 0.1})
+    pipeline = open_recipe(mix("chats"), again, datasets=two_chats)
+    assert pipeline.step("again").waits_for() == {"blend", "prepare-more"}
+    assert pipeline.recipe.made_of("again") == ("chats", "more")
+
+
+def test_a_mix_of_a_recipe_runs_is_reused_and_says_what_it_took(
+    open_recipe: Any, two_chats: dict[str, Any], tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store")
+
+    def run(**settings: Any) -> dict[str, Outcome]:
+        pipeline = open_recipe(mix("chats", "more", **settings), datasets=two_chats)
+        done: dict[str, Outcome] = {}
+        for step in pipeline.steps:
+            artifacts = {name: outcome.artifact for name, outcome in done.items()}
+            done[step.name] = run_step(pipeline.bind(step, artifacts), store, StageObserver())
+        return done
+
+    first = run()
+    blend = first["blend"].artifact
+    dataset = PreparedDataset.open(blend.path)
+    assert sum(dataset.sizes.values()) == len(dataset.ledger()) == 40
+    sources = (first["prepare-chats"], first["prepare-more"])
+    prepared = {line.id for made in sources for line in
+                PreparedDataset.open(made.artifact.path).ledger()}  # fmt: skip
+    assert {line.id for line in dataset.ledger()} == prepared
+    assert blend.manifest.headline.startswith(f"{dataset.sizes['train']} train + ")
+    assert blend.manifest.metrics["rows_train_chats"] > 0
+    assert (blend.path / "report.json").exists()
+    assert run(name="other")["other"].status == "reused"
+    assert run(seed=1)["blend"].status == "ran"
 
 
 SFT = {"sft": {"dataset": "chats"}}
@@ -120,6 +198,44 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "the wrong rows": (
         [{"sft": {"dataset": "pairs"}}],
         "datasets.pairs.format: its rows are preferences, but the stage that uses it needs chats",
+    ),
+    "mixing two kinds of rows": (
+        [mix("chats", "pairs")],
+        "stages[0].mix: `chats` holds chats and `pairs` holds preferences\n"
+        "    mix datasets of one kind, and write a mix for each kind",
+    ),
+    "mixing the wrong rows": (
+        [mix("pairs"), {"sft": {"dataset": "blend"}}],
+        "datasets.pairs.format: its rows are preferences, but the stage that uses it needs chats",
+    ),
+    "mixing what is not there": (
+        [mix("chats", "cats")],
+        "stages[0].mix: there is no dataset `cats`\n"
+        "    add it under `datasets`; the recipe has: chats, pairs",
+    ),
+    "mixing too late": (
+        [{"sft": {"dataset": "blend"}}, mix("chats")],
+        "stages[0].sft.dataset: `blend` is mixed by a later stage\n    move that stage up",
+    ),
+    "a mix with a dataset's name": (
+        [mix("chats", name="pairs")],
+        "stages[0].mix.name: there is a dataset `pairs` already\n"
+        "    give the mix a name of its own",
+    ),
+    "two mixes of one name": (
+        [mix("chats"), mix("chats")],
+        "stages[1].mix.name: there is a dataset `blend` already\n"
+        "    give the mix a name of its own",
+    ),
+    "preparing too late for a mix": (
+        [mix("chats"), {"prepare": {"dataset": "chats"}}],
+        "stages[0].mix: `chats` is prepared by a later stage\n    move that stage up",
+    ),
+    "our questions on a mix of other rows": (
+        [mix("chats"), {"sft": {"dataset": "blend"}},
+         {"evaluate": {"tasks": ["python_docs_trained"]}}],
+        "stages[2].evaluate.tasks: `python_docs_trained` asks about Python objects, and `blend` "
+        "has none",
     ),
     "our questions on other rows": (
         [SFT, {"evaluate": {"tasks": ["python_docs_trained"]}}],

@@ -121,8 +121,10 @@ def test_weights_decide_on_the_shares(mix: Mix) -> None:
 
 
 def test_without_weights_every_row_is_there(mix: Mix) -> None:
-    mixed = mix({"a": chats("a", 30, 3, 2), "b": chats("b", 10, 1, 1)})
+    mixed = mix({"a": chats("a", 30, 2, 2), "b": chats("b", 10, 5, 1)})
     assert mixed.counts() == {"a": 30, "b": 10}
+    assert mixed.counts("validation") == {"a": 2, "b": 5}
+    assert mixed.counts("test") == {"a": 2, "b": 1}
     assert mixed.warnings == []
 
 
@@ -169,13 +171,13 @@ def test_a_source_is_repeated_only_while_another_has_new_rows(mix: Mix) -> None:
 
 def test_a_large_replay_set_does_not_make_the_sources_repeat(mix: Mix) -> None:
     mixed = mix(
-        {"a": chats("a", 90), "general": chats("general", 900, 300)},
+        {"a": chats("a", 90, 9), "general": chats("general", 900, 300)},
         sources=[{"dataset": "a"}],
         replay={"dataset": "general", "fraction": 0.1},
         max_repeats=5,
     )
     assert mixed.counts() == {"a": 90, "general": 10}
-    assert mixed.counts("validation") == {"a": 1}
+    assert mixed.counts("validation") == {"a": 9, "general": 1}
 
 
 def test_a_replay_set_with_few_validation_rows_leaves_the_others_theirs(mix: Mix) -> None:

@@ -123,8 +123,8 @@ joined.
     `rank`: Rank of the update. 8-16 suits format and style, 32-64 harder adaptation.
   stages[1].sft.dtype (line 9): is 'float8'
     write one of: 'auto', 'float32', 'bfloat16' or 'float16'
-  stages[2] (line 10): there is no stage `traing`; the stages are prepare, sft, merge, \
-evaluate, gate
+  stages[2] (line 10): there is no stage `traing`; the stages are prepare, mix, sft, \
+merge, evaluate, gate
 """
 
 
@@ -182,9 +182,7 @@ def test_every_recipe_in_configs_is_valid(file: Path) -> None:
         ("balance: {cap: 5, temperature: 2}", "write either `cap` or `temperature`"),
     ],
 )
-def test_settings_that_contradict_each_other(
-    tmp_path: Path, settings: str, message: str
-) -> None:
+def test_settings_that_contradict_each_other(tmp_path: Path, settings: str, message: str) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(
         "name: x\nmodel: m\ndatasets: {a: {source: a.jsonl}}\n"
