@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from posttrain import __version__
-from posttrain.commands import data
+from posttrain.commands import data, lineage
 from posttrain.errors import PosttrainError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ store_app = typer.Typer(
     help="Look after the store of finished stages.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(data.app, name="data")
+app.add_typer(lineage.app, name="lineage")
 app.add_typer(store_app, name="store")
 
 RecipeFile = Annotated[

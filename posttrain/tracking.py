@@ -267,6 +267,8 @@ def _dataset_name(source: Source, default: str) -> str:
     if isinstance(source, Rows):
         return source.name
     if isinstance(source, Artifact):
+        if source.manifest.stage == "mix":
+            return source.manifest.name
         return str(source.manifest.config.get("dataset", default))
     return default
 

@@ -374,10 +374,11 @@ def _share_table(share: Share) -> Table:
     table.add_column(justify="right")
     table.add_column(overflow="fold")
     for verdict, meaning in _MEANINGS.items():
-        if share.rows[verdict]:
+        if verdict in share.rows:
             table.add_row(f"  {share.rows[verdict]:,}", meaning)
-        for reason, number in share.dropped.most_common() if verdict == "dropped" else ():
-            table.add_row("", f"  {number:,} by {reason}")
+        if verdict == "dropped":
+            for reason, number in sorted(share.dropped.items(), key=lambda item: -item[1]):
+                table.add_row("", f"  {number:,} by {reason}")
     return table
 
 

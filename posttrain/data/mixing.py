@@ -1,6 +1,6 @@
 """Mixing prepared datasets: which rows, in which order, and what became of every one.
 
-Each dataset is first read once for the hashes of its rows, about 50 bytes a row. Then the rows that
+Each dataset is first read once for the hashes of its rows, 60 to 75 bytes a row. Then the rows that
 were chosen are read and written. They are held in memory once, in Arrow's columns, because their
 order is random; nothing is held as Python objects beyond a batch of a thousand rows.
 """

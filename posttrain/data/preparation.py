@@ -153,6 +153,7 @@ def prepare_dataset(
     )
     with clock.phase("write"):
         write_output(done, output)
+    clock.seconds["write"] = round(clock.seconds["write"] - clock.seconds["ledger"], 3)
     _check_sides(done.counts)
     return done
 

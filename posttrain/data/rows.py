@@ -125,7 +125,7 @@ def content_json(row: Row) -> str:
 def canonical_json(content: Mapping[str, str | bool | Messages]) -> str:
     """JSON with sorted keys, no white space and no escapes but those that JSON demands."""
     plain = {
-        key: value if isinstance(value, str | bool) else _plain(value)
+        key: value if isinstance(value, str | bool) else plain_messages(value)
         for key, value in content.items()
     }
     return orjson.dumps(plain, option=orjson.OPT_SORT_KEYS).decode()
@@ -154,7 +154,7 @@ def to_record(row: Row) -> dict[str, object]:
     }
     for name in _CONTENT[type(row)]:
         value = getattr(row, name)
-        record[name] = value if isinstance(value, str | bool) else _plain(value)
+        record[name] = value if isinstance(value, str | bool) else plain_messages(value)
     return record
 
 
@@ -198,7 +198,8 @@ _CONTENT: dict[type[Row], tuple[str, ...]] = {
 """What a row says, as opposed to where it came from."""
 
 
-def _plain(messages: Messages) -> list[dict[str, str]]:
+def plain_messages(messages: Messages) -> list[dict[str, str]]:
+    """Turns as plain values."""
     return [{"role": message.role, "content": message.content} for message in messages]
 
 

@@ -10,6 +10,7 @@ but their own near duplicates.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,8 +53,9 @@ class Splitter:
 
     def sketch(self, batch: RowBatch) -> np.ndarray:
         """uint64 of shape (columns, rows): group key, text, tie-break, band keys."""
-        groups = np.array([_hash(key) for key in _group_keys(batch)], np.uint64)
-        texts = np.array([_hash(normalise(text)) for text in batch.texts], np.uint64)
+        normal = [normalise(text) for text in batch.texts]
+        groups = np.array([_hash(key) for key in _group_keys(batch, normal)], np.uint64)
+        texts = np.array([_hash(text) for text in normal], np.uint64)
         if self._config.near_duplicates is None:
             return np.vstack([groups, texts])
         near = minhash.sketch(batch.texts, _BANDS)
@@ -178,7 +180,8 @@ def group_key(row: Row) -> str:
     return f"{asked.role}\0{normalise(asked.content, ignore_case=True)}"
 
 
-def _group_keys(batch: RowBatch) -> list[str]:
+def _group_keys(batch: RowBatch, normal: Sequence[str]) -> list[str]:
+    """`group_key` of each row; of documents from their normalised texts."""
     if batch.family != "documents":
         return [group_key(row) for row in batch.rows]
     subjects = batch.table.column("subject").to_pylist()
@@ -186,7 +189,7 @@ def _group_keys(batch: RowBatch) -> list[str]:
         f"assistant\0{normalise(text, ignore_case=True)}"
         if subject is None
         else f"subject\0{subject}"
-        for text, subject in zip(batch.texts, subjects, strict=True)
+        for text, subject in zip(normal, subjects, strict=True)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,8 +45,10 @@ def write_output(done: Preparation, output: Path) -> None:
         for side, places in writer.finish().items():
             if held[side]:
                 place[np.concatenate(held[side])] = places
+        begin = time.perf_counter()
         for table in _ledger(done, ids, place):
             writer.write_ledger(table)
+        done.seconds["ledger"] = round(time.perf_counter() - begin, 3)
         done.counts = _count(done, writer.sizes)
     written = PreparedDataset.open(output)
     if sum(written.sizes.values()) != int(alive.sum()):

@@ -180,7 +180,7 @@ class Graph:
         if found:
             choices = "\n".join(
                 f"  {a.fingerprint[:SHORT]}  {label(a)}  {a.manifest.created:%Y-%m-%d %H:%M}"
-                for a in found
+                for a in sorted(found, key=label)
             )
             raise UsageError(f"{reference}: several are called so; write one of\n{choices}")
         gone = [g for g in self.gone if g.fingerprint.startswith(reference)]
@@ -201,8 +201,11 @@ class Graph:
                 latest[artifact.manifest.recipe] = artifact
         for run in self.runs:
             for step, fingerprint in run.artifacts.items():
-                if reference in (step, f"{run.recipe}/{step}") and fingerprint in self.artifacts:
-                    latest[run.recipe] = self.artifacts[fingerprint]
+                if reference in (step, f"{run.recipe}/{step}"):
+                    # Gone since: an older one in its place would be the answer to another question.
+                    latest.pop(run.recipe, None)
+                    if fingerprint in self.artifacts:
+                        latest[run.recipe] = self.artifacts[fingerprint]
         return list({a.fingerprint: a for a in latest.values()}.values())
 
     def _by_digits(self, reference: str) -> list[Artifact]:

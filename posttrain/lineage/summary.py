@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,17 +24,17 @@ _VERDICTS = ("left out", "not read", "trained")
 """Of a training stage's account; of a row that occurs several times, the last one here counts."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Share:
     """What one dataset gave."""
 
     dataset: str
     source: str
-    rows: Counter[str] = field(default_factory=Counter)
+    rows: dict[str, int]
     """Rows by what became of them: trained, in the training set (whether they were read is not
     recorded), not read, left out, validation, test, not taken, dropped, bad. Where it is asked
     about a dataset itself, `train` stands for the first four."""
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, int]
     """Dropped rows by operation and reason."""
 
 
@@ -148,17 +148,20 @@ def _trainings(graph: Graph, artifact: Artifact) -> list[tuple[Artifact | None, 
 
 def _shares(graph: Graph, dataset: Artifact, table: pa.Table) -> tuple[Share, ...]:
     sources = _sources(graph, dataset)
-    shares: dict[str, Share] = {}
+    rows: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    dropped: defaultdict[str, Counter[str]] = defaultdict(Counter)
     groups = table.group_by(["dataset", "used", "operation", "reason"]).aggregate(
         [([], "count_all")]
     )
     for group in groups.to_pylist():
-        name = group["dataset"]
-        share = shares.setdefault(name, Share(name, sources.get(name, "unknown")))
-        share.rows[group["used"]] += group["count_all"]
+        name, count = group["dataset"], group["count_all"]
+        rows[name][group["used"]] += count
         if group["used"] == "dropped":
-            share.dropped[f"{group['operation']}: {group['reason']}"] += group["count_all"]
-    return tuple(shares[name] for name in sorted(shares, key=str))
+            dropped[name][f"{group['operation']}: {group['reason']}"] += count
+    return tuple(
+        Share(name, sources.get(name, "unknown"), dict(rows[name]), dict(dropped[name]))
+        for name in sorted(rows)
+    )
 
 
 def _sources(graph: Graph, dataset: Artifact) -> dict[str, str]:

@@ -41,7 +41,7 @@ def kept(number: int, split: str = "train", output: int = 0, **more: Any) -> Led
 def dropped(number: int, operation: str, kept_id: int | None = None, **more: Any) -> LedgerLine:
     return LedgerLine(
         id=row_name(number),
-        file="rows.jsonl",
+        file=more.pop("file", "rows.jsonl"),
         row=number,
         verdict="drop",
         operation=operation,

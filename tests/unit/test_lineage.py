@@ -103,7 +103,7 @@ def test_a_duplicate_was_used_through_the_row_that_stays(made: Made) -> None:
 
 def test_over_several_steps_the_loosest_likeness_counts_and_circles_end(made: Made) -> None:
     first = made.dataset(
-        [dropped(6, "exact_dedup", kept_id=7), dropped(7, "near_dedup", kept_id=3), kept(3)]
+        [dropped(6, "near_dedup", kept_id=7), dropped(7, "exact_dedup", kept_id=3), kept(3)]
     )
     made.trained(first, [(3, "trained", 1)])
     # In another dataset the roles are the other way round.
@@ -119,16 +119,13 @@ def test_over_several_steps_the_loosest_likeness_counts_and_circles_end(made: Ma
 def test_a_duplicate_of_another_dataset_is_followed_there(made: Made) -> None:
     other = made.dataset([kept(1, file="old.jsonl")], inputs={"rows": source("old.jsonl")})
     made.trained(other, [(1, "trained", 1)])
-    made.dataset(
+    compared = made.dataset(
         [dropped(6, "exact_dedup", kept_id=1), kept(3)],
         inputs={"rows": source(), "against:old": of(other)},
     )
     assert names(ask(made, 6)) == ["tiny/sft"]
     # What is only compared with gets into nothing.
-    graph = Graph.read(made.store)
-    assert [a.fingerprint for a in graph.ancestors(graph.datasets[1]).values()] == [
-        graph.datasets[1].fingerprint
-    ]
+    assert list(Graph.read(made.store).ancestors(compared)) == [compared.fingerprint]
 
 
 def test_held_out_rows_measure_as_far_as_they_are_looked_at(made: Made) -> None:
@@ -179,6 +176,22 @@ def test_a_mix_is_followed_to_its_sources(made: Made) -> None:
     assert shares["docs"] == ("more.jsonl", {"trained": 1, "dropped": 1})
     assert shares["chats"][1]["trained"] == 1
     assert shares["chats"][1]["bad"] == 1
+
+
+def test_a_row_of_two_datasets_of_a_mix_is_counted_for_each(made: Made) -> None:
+    chats = made.dataset([kept(1)])
+    docs = made.dataset([kept(1)], inputs={"rows": source("copy/rows.jsonl")}, dataset="docs")
+    mixed = made.dataset(
+        [kept(1, file="chats/rows.jsonl"), dropped(1, "mix", file="docs/rows.jsonl")],
+        inputs={"mixed:chats": of(chats), "mixed:docs": of(docs)},
+        stage="mix",
+    )
+    model = made.trained(mixed, [(1, "trained", 1)])
+    (one,) = training_sets(Graph.read(made.store), model)
+    assert {share.dataset: share.rows for share in one.shares} == {
+        "chats": {"trained": 1},
+        "docs": {"dropped": 1},
+    }
 
 
 def test_equal_content_connects_what_early_cutoff_reused(made: Made) -> None:
@@ -273,7 +286,10 @@ def test_texts_are_searched_in_every_turn_and_the_search_says_what_it_did_not_se
     made: Made,
 ) -> None:
     rows = {"train": [chat(1, "Write to Jane"), chat(2, "ask  JANE "), chat(3)]}
-    made.dataset(LEDGER, {**rows, "validation": [chat(4, "jane"), chat(5)]})  # type: ignore[dict-item]
+    data = made.dataset(LEDGER, {**rows, "validation": [chat(4, "jane"), chat(5)]})  # type: ignore[dict-item]
+    # What a mix did not take is in the dataset that it was mixed from.
+    left_out = [dropped(1, "mix", reason="not sampled")]
+    made.dataset(left_out, {"train": []}, {"mixed:chats": of(data)}, stage="mix")
     history = RowHistory(Graph.read(made.store))
     found, searched = history.search("jane")
     assert [answer.id for answer in found] == [row_name(n) for n in (1, 2, 4)]
@@ -308,13 +324,19 @@ def test_an_artifact_is_found_by_path_digits_or_stage(made: Made) -> None:
 
 def test_a_stage_stands_for_what_its_recipes_latest_run_used(made: Made) -> None:
     data = made.dataset(LEDGER)
-    old = made.trained(data, ACCOUNT)
-    made.trained(data, ACCOUNT, config={"epochs": 9})
-    run = {"recipe": "tiny", "started": "2", "artifacts": {"sft": old.fingerprint}}
-    made.store.record_run("r", run)
-    assert Graph.read(made.store).find("sft").fingerprint == old.fingerprint
+    models = [made.trained(data, ACCOUNT, config={"epochs": epochs}) for epochs in (1, 2)]
+    for started, model in enumerate([*models, models[0]]):
+        artifacts = {"sft": model.fingerprint}
+        run = {"recipe": "tiny", "started": str(started), "artifacts": artifacts}
+        made.store.record_run(f"r{-started}", run)
+        assert Graph.read(made.store).find("sft").fingerprint == model.fingerprint
+    run = {"recipe": "tiny", "started": "3", "artifacts": {"sft": "e" * 64}}
+    made.store.record_run("gone", run)
+    with pytest.raises(UsageError, match="no such artifact"):
+        Graph.read(made.store).find("sft")
+    (made.store.root / "runs" / "gone.json").unlink()
     made.trained(data, ACCOUNT, recipe="other", config={"epochs": 8})
-    with pytest.raises(UsageError, match=r"tiny/sft[^$]*other/sft"):
+    with pytest.raises(UsageError, match=r"other/sft[^$]*tiny/sft"):
         Graph.read(made.store).find("sft")
 
 

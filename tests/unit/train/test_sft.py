@@ -2,6 +2,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
@@ -14,10 +15,12 @@ from posttrain.errors import DataError, ModelError, RecipeError
 from posttrain.recipe.sft import SftConfig
 from posttrain.stages.program import StageContext, StageResult
 from posttrain.stages.sft import main
+from posttrain.train.rows import ROW_ACCOUNT
 from tests.unit.train.programs import (
     digests_of,
     history_of,
     losses,
+    make_chats,
     make_dataset,
     progress_of,
     run,
@@ -127,6 +130,7 @@ def test_the_output_holds_an_adapter_and_nothing_of_this_machine(
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
+        "rows.parquet",
         "tokenizer.json",
         "tokenizer_config.json",
         "training.json",
@@ -145,6 +149,38 @@ def test_the_same_run_leaves_the_same_bytes(
     again = sft_stage_dir(tmp_path / "elsewhere", tiny_model, dataset)
     train(again)
     assert digests_of(again / "output") == digests_of(trained[0] / "output")
+
+
+def test_every_training_row_is_accounted_for(trained: tuple[Path, StageResult]) -> None:
+    account = pq.read_table(trained[0] / "output/rows.parquet")
+    assert account.column("id").to_pylist() == [chat.id for chat in make_chats(24)]
+    assert set(account.column("verdict").to_pylist()) == {"trained"}
+    assert set(account.column("passes").to_pylist()) == {2}, "two epochs"
+    assert sum(account.column("tokens").to_pylist()) * 2 == history_of(trained[0]).tokens
+
+
+def test_rows_after_the_last_step_are_not_said_to_be_trained_on(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """27 rows in batches of 8: two steps read 16 places, of which some only fill the table up."""
+    data = make_dataset(tmp_path / "data", train=27)
+    stage_dir = sft_stage_dir(tmp_path / "short", tiny_model, data, max_steps=2)
+    train(stage_dir)
+    account = pq.read_table(stage_dir / "output/rows.parquet")
+    passes = account.column("passes").to_pylist()
+    assert 11 <= sum(passes) <= 16
+    assert account.column("verdict").to_pylist() == [
+        "trained" if times else "not read" for times in passes
+    ]
+    read = [
+        n for n, times in zip(account.column("tokens").to_pylist(), passes, strict=True) if times
+    ]
+    fillers = 16 - len(read)
+    assert sum(read) + fillers == history_of(stage_dir).tokens
+
+
+def test_the_account_of_the_rows_changes_no_later_stage() -> None:
+    assert ROW_ACCOUNT in SftConfig.accounts
 
 
 def test_all_weights_are_trained_without_an_adapter_and_the_model_can_generate(
@@ -209,6 +245,9 @@ def test_two_processes_learn_what_one_does(tiny_model: Path, tmp_path: Path) -> 
         [e.loss for e in alone.held_out], abs=1e-4
     )
     assert together.trained_tokens == alone.trained_tokens
+    accounts = [pq.read_table(run_dir / "output/rows.parquet") for run_dir in (one, two)]
+    assert accounts[0].equals(accounts[1])
+    assert set(accounts[0].column("passes").to_pylist()) == {2}
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_at_its_step(
