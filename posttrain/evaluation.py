@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from posttrain.building import build_pipeline
 from posttrain.errors import ModelError, UsageError
 from posttrain.evaluate.results import EvaluationResults
 from posttrain.execute import StageObserver, run_step
 from posttrain.hardware import resolve_dtype
 from posttrain.model_reference import resolve_model
-from posttrain.pipeline import build_pipeline
 from posttrain.recipe import EvaluateConfig, Recipe
 from posttrain.recipe.evaluate import Samples
 from posttrain.store import Artifact, Store

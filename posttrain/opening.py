@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from posttrain.building import build_pipeline
 from posttrain.errors import DataError, ModelError, Problem, RecipeError
 from posttrain.evaluate.python_docs_task import TASKS
 from posttrain.model_reference import ModelReference, resolve_model
 from posttrain.models import has_chat_template
-from posttrain.pipeline import Pipeline, Rows, build_pipeline
+from posttrain.pipeline import Pipeline, Rows
 from posttrain.recipe import EvaluateConfig, MixConfig, PrepareConfig, Recipe, RowFamily, SftConfig
 from posttrain.recipe.load import load_recipe
 from posttrain.store import Store

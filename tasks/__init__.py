@@ -1,5 +1,6 @@
 """Prefect tasks, one file a stage: a step in, an artifact out."""
 
+from tasks.contamination import contamination
 from tasks.convert import convert
 from tasks.evaluate import evaluate
 from tasks.gate import gate
@@ -10,7 +11,8 @@ from tasks.prepare import prepare
 from tasks.sft import sft
 
 STAGE_TASKS = {
-    task.name: task for task in (convert, preflight, prepare, mix, sft, merge, evaluate, gate)
+    task.name: task
+    for task in (convert, preflight, contamination, prepare, mix, sft, merge, evaluate, gate)
 }
 """The task of each kind of stage."""
 

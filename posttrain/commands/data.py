@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,7 +98,7 @@ def prepare(
     }
     spec, config = _settings(source, row_format, skip_bad_rows, quality, given, set_option or [])
     _check_target(out, overwrite)
-    with _fresh_folder(out) as (output, scratch):
+    with _workshop(out) as (output, scratch):
         done, report = _prepare(source, spec, config, output, scratch, processes, quiet=as_json)
         _publish(output, out)
     if as_json:
@@ -157,20 +158,24 @@ def _check_target(out: Path, overwrite: bool) -> None:
         raise UsageError(f"--out {out}: holds a prepared dataset; add --overwrite to replace it")
 
 
-class _fresh_folder:  # noqa: N801  # reads as what it is in a `with`
-    """A folder beside the target to write to, and one for intermediate files; gone in the end."""
+@contextmanager
+def _workshop(out: Path) -> Iterator[tuple[Path, Path]]:
+    """A folder beside the target to write to, and one for intermediate files; gone in the end.
 
-    def __init__(self, out: Path) -> None:
-        self._out = out
+    It has one name, so that the next run clears away what a killed one left; two runs of one
+    target wait for each other.
+    """
+    from posttrain.store.locks import exclusive
 
-    def __enter__(self) -> tuple[Path, Path]:
-        self._out.parent.mkdir(parents=True, exist_ok=True)
-        name = tempfile.mkdtemp(dir=self._out.parent, prefix=f".{self._out.name}.")
-        self._folder = Path(name)
-        return self._folder / "output", self._folder
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+    folder = out.parent / f".{out.name}.partial"
+    with exclusive(folder / "lock", lambda: typer.echo("waiting for another run ...", err=True)):
+        for name in ("output", "scratch"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "scratch").mkdir()
+        try:
+            yield folder / "output", folder / "scratch"
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _publish(output: Path, out: Path) -> None:
@@ -199,12 +204,7 @@ def _prepare(
     from posttrain.store.files import write_json
 
     events = _Events(quiet)
-    index = None
-    if config.decontaminate is not None and config.decontaminate.benchmarks:
-        from posttrain.data.contamination import build_index
-
-        events.phase(f"indexing the items of {', '.join(config.decontaminate.benchmarks)}")
-        index = build_index(config.decontaminate, scratch / "contamination")
+    index = _contamination(config, quiet)
     shown = ", ".join(source)
     name = Path(source[0]).name
     sources: Sources = Sources(name=name, rows=spec, shown=shown, contamination=index)
@@ -213,6 +213,25 @@ def _prepare(
     write_json(output / "report.json", report.model_dump(mode="json"))
     write_report(output / "report.html", report)
     return done, report
+
+
+def _contamination(config: PrepareConfig, quiet: bool) -> Path | None:
+    """The index of the benchmarks' items, from the store where it is there already."""
+    if config.decontaminate is None or not config.decontaminate.benchmarks:
+        return None
+    from posttrain.building import contamination_step
+    from posttrain.console import observer
+    from posttrain.execute import StageObserver, run_step
+    from posttrain.home import Home
+    from posttrain.pipeline import Pipeline
+    from posttrain.recipe import ContaminationConfig, Recipe
+
+    store = Home.find().store
+    step = contamination_step(ContaminationConfig.of(config.decontaminate), store.digests)
+    recipe = Recipe(name="data", model="none", stages=(config,))
+    watch = StageObserver() if quiet else observer(_console())
+    bound = Pipeline(recipe, (step,)).bind(step, {})
+    return run_step(bound, store, watch).artifact.path
 
 
 class _Events:

@@ -82,6 +82,12 @@ class RowBatch:
             return texts
         return [row_text(row) for row in self.rows]
 
+    def texts_at(self, positions: np.ndarray) -> list[str] | pa.Array:
+        """The texts at some positions; of documents without making any string."""
+        if self.family == "documents":
+            return self.table.column("text").take(positions).combine_chunks()
+        return [self.texts[position] for position in positions]
+
     @cached_property
     def answers(self) -> list[str]:
         """What training on each row teaches to write; both continuations of a preference."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +33,7 @@ from posttrain.data.operations.base import (
 from posttrain.data.rows import Row
 from posttrain.data.shards import Shard, write_batch
 from posttrain.data.words import hash_words
+from posttrain.launch.parent import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -65,7 +67,13 @@ class Workers:
             return
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._number, context)
+            # Whoever waits for work never learns that nobody is left to give any.
+            self._pool = ProcessPoolExecutor(
+                self._number,
+                context,
+                initializer=end_with_parent,
+                initargs=(os.getpid(), signal.SIGKILL),
+            )
         yield from self._pool.map(function, itertools.chain(head, tasks))
 
 

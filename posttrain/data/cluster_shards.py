@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from posttrain.data.near_duplicates import line_chunks, parse_texts
+from posttrain.data.lines import Lines
 from posttrain.errors import DataError
 from posttrain.store.files import temporary_beside
 
@@ -30,9 +30,8 @@ def read_texts(path: Path, column: str) -> Iterator[pa.Array]:
     if path.suffix == ".parquet":
         yield from _read_parquet(path, column)
         return
-    for name, lines in line_chunks([path]):
-        if lines:
-            yield parse_texts(name, lines, column)
+    for lines in Lines.read([path]):
+        yield lines.texts(column)
 
 
 def copy_rows(path: Path, out: Path, dropped: np.ndarray) -> int:
@@ -83,11 +82,8 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
 def _copy_lines(path: Path, out: Path, dropped: np.ndarray) -> int:
     first = 0
     with out.open("wb") as file:
-        for _, lines in line_chunks([path]):
-            if lines and not lines[-1].endswith(b"\n"):
-                lines[-1] += b"\n"
-            stays = _stays(first, len(lines), dropped)
-            file.writelines(lines[i] for i in np.flatnonzero(stays))
+        for lines in Lines.read([path]):
+            lines.copy(file, _stays(first, len(lines), dropped))
             first += len(lines)
     return first
 

@@ -47,7 +47,8 @@ def group_equal(keys: np.ndarray, rows: np.ndarray, memory_cap: int = MEMORY_CAP
     """
     if 24 * len(keys) > memory_cap:
         return _group_on_disk(keys, rows, memory_cap)
-    order = np.argsort(keys, kind="stable")
+    # numpy's fastest sort is not stable; the few rows that share a key are put in order below.
+    order = np.argsort(keys)
     return _groups(keys[order], rows[order])
 
 
@@ -61,8 +62,10 @@ def _groups(keys: np.ndarray, rows: np.ndarray) -> Groups:
     shared[:-1] |= same
     first = np.ones(len(keys), bool)
     first[1:] = ~same
-    starts = np.flatnonzero(first[shared])
-    return Groups(rows[shared], np.append(starts, shared.sum()))
+    starts = np.append(np.flatnonzero(first[shared]), shared.sum())
+    members = rows[shared]
+    group = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    return Groups(members[np.lexsort((members, group))], starts)
 
 
 def _group_on_disk(keys: np.ndarray, rows: np.ndarray, memory_cap: int) -> Groups:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,13 @@ import numpy as np
 
 from posttrain.data import kernels, minhash
 from posttrain.data.batch import RowBatch
+from posttrain.data.lines import Lines
 from posttrain.data.similar import Pairs, iterate_batches, keep_best, similar_pairs
-from posttrain.errors import DataError
 from posttrain.store.files import temporary_beside
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
-_CHUNK_BYTES = 8 * 2**20
 _NONE = np.zeros(0, np.int64)
 
 
@@ -76,17 +75,11 @@ def deduplicate_jsonl(
     begin = time.perf_counter()
     kernels.use_numba()  # compiled once, before the threads start
     with ThreadPoolExecutor(processes or os.cpu_count()) as pool:
-        chunks = [
-            future.result()
-            for future in [pool.submit(_read_chunk, c, column, bands) for c in line_chunks(paths)]
-        ]
-    rows = sum(len(chunk.batch) for chunk in chunks)
-    words = np.concatenate([_NONE, *(chunk.sketch.words for chunk in chunks)])
-    ties = np.concatenate([_NONE.astype(np.uint64), *(chunk.sketch.ties for chunk in chunks)])
-    order = np.lexsort((np.arange(rows), ties, -words))
-    priority = np.empty(rows, np.int64)
-    priority[order] = np.arange(rows)
-    pairs = _pairs(chunks, rows, threshold, bands, priority)
+        read = [pool.submit(_sketch, lines, column, bands) for lines in Lines.read(paths)]
+        chunks = [future.result() for future in read]
+        rows = sum(len(chunk.lines) for chunk in chunks)
+        priority = _priority(chunks, rows)
+        pairs = _pairs(chunks, rows, threshold, bands, priority, pool)
     dropped, kept, similarity = keep_best(pairs, priority)
     _copy(out, chunks, dropped)
     seconds = time.perf_counter() - begin
@@ -95,15 +88,37 @@ def deduplicate_jsonl(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some megabytes of lines."""
+    """Some megabytes of lines, and what is remembered of them."""
 
-    lines: list[bytes]
+    lines: Lines
     batch: RowBatch
     sketch: minhash.Sketch
 
 
+def _sketch(lines: Lines, column: str, bands: int) -> _Chunk:
+    import pyarrow as pa
+
+    texts = lines.texts(column)
+    batch = RowBatch("documents", pa.table({"text": texts}))
+    return _Chunk(lines, batch, minhash.sketch(texts, bands))
+
+
+def _priority(chunks: list[_Chunk], rows: int) -> np.ndarray:
+    """The place of each line: the longest first; equal ones by content, then by position."""
+    words = np.concatenate([_NONE, *(chunk.sketch.words for chunk in chunks)])
+    ties = np.concatenate([_NONE.astype(np.uint64), *(chunk.sketch.ties for chunk in chunks)])
+    priority = np.empty(rows, np.int64)
+    priority[np.lexsort((np.arange(rows), ties, -words))] = np.arange(rows)
+    return priority
+
+
 def _pairs(
-    chunks: list[_Chunk], rows: int, threshold: float, bands: int, priority: np.ndarray
+    chunks: list[_Chunk],
+    rows: int,
+    threshold: float,
+    bands: int,
+    priority: np.ndarray,
+    pool: ThreadPoolExecutor,
 ) -> Pairs:
     none = _NONE.astype(np.uint64)
     keys = (
@@ -111,67 +126,7 @@ def _pairs(
         for band in range(bands)
     )
     batches = iterate_batches([chunk.batch for chunk in chunks])
-    return similar_pairs(keys, np.arange(rows), batches, threshold, priority)
-
-
-def line_chunks(paths: Sequence[Path]) -> Iterator[tuple[str, list[bytes]]]:
-    """Whole lines of all files, some megabytes at a time, with a name for errors."""
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                while data := file.read(_CHUNK_BYTES):
-                    data += file.readline()
-                    # Not splitlines, which also cuts at a lone carriage return.
-                    lines = [line + b"\n" for line in data.split(b"\n") if line.strip()]
-                    if lines:
-                        yield str(path), lines
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _read_chunk(chunk: tuple[str, list[bytes]], column: str, bands: int) -> _Chunk:
-    name, lines = chunk
-    texts = parse_texts(name, lines, column)
-    return _Chunk(lines, RowBatch("documents", texts_table(texts)), minhash.sketch(texts, bands))
-
-
-def parse_texts(name: str, lines: list[bytes], column: str) -> pa.Array:
-    """The texts under `column` of lines of JSON, one a line.
-
-    Raises:
-        DataError: a line is no JSON object, or has no such text.
-    """
-    import pyarrow as pa
-    import pyarrow.json as pj
-
-    torn = [n for n, line in enumerate(lines) if line[:1] + line[-2:] != b"{}\n"]
-    if any(lines[n].strip()[:1] + lines[n].strip()[-1:] != b"{}" for n in torn):
-        raise DataError(f"{name}: a line is no JSON object; `posttrain data prepare` says which")
-    data = b"".join(lines)
-    schema = pa.schema([(column, pa.large_string())])
-    try:
-        table = pj.read_json(
-            pa.BufferReader(data),
-            read_options=pj.ReadOptions(use_threads=False, block_size=len(data) + 1),
-            parse_options=pj.ParseOptions(
-                explicit_schema=schema, unexpected_field_behavior="ignore"
-            ),
-        )
-    except pa.ArrowException as error:
-        raise DataError(f"{name}: not JSON Lines with a text under `{column}`: {error}") from error
-    texts = table.column(column).combine_chunks()
-    if texts.null_count or len(texts) != len(lines):
-        raise DataError(
-            f"{name}: a line has no text under `{column}`; `posttrain data prepare` says which"
-        )
-    return texts
-
-
-def texts_table(texts: pa.Array) -> pa.Table:
-    """A table with nothing but texts."""
-    import pyarrow as pa
-
-    return pa.table({"text": texts})
+    return similar_pairs(keys, np.arange(rows), batches, threshold, priority, pool.map)
 
 
 def _copy(out: Path, chunks: list[_Chunk], dropped: np.ndarray) -> None:
@@ -179,7 +134,7 @@ def _copy(out: Path, chunks: list[_Chunk], dropped: np.ndarray) -> None:
     with temporary_beside(out) as temporary, temporary.open("wb") as file:
         for chunk in chunks:
             stays = np.ones(len(chunk.lines), bool)
-            begin, end = np.searchsorted(dropped, [first, first + len(chunk.lines)])
+            begin, end = np.searchsorted(dropped, [first, first + len(stays)])
             stays[dropped[begin:end] - first] = False
-            file.writelines(chunk.lines[i] for i in np.flatnonzero(stays))
-            first += len(chunk.lines)
+            chunk.lines.copy(file, stays)
+            first += len(stays)

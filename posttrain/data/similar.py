@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from posttrain.data import minhash
 from posttrain.data.batch import RowBatch
 from posttrain.data.grouping import group_equal
 from posttrain.data.words import Words
+
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 CROWDED = 64
 """Rows with one band key up to which every pair is compared. In a larger group each row is
@@ -51,22 +54,25 @@ class Texts:
         self._sets = sets
 
     @classmethod
-    def read(cls, rows: np.ndarray, batches: Iterable[tuple[int, RowBatch]], folder: Path) -> Texts:
+    def read(
+        cls,
+        rows: np.ndarray,
+        batches: Iterable[tuple[int, RowBatch]],
+        folder: Path,
+        run: Map = map,
+    ) -> Texts:
         """Compute the sets of the rows at these positions.
 
         Args:
             rows: Positions, ascending.
             batches: All rows, each batch with the position of its first row.
             folder: For the file, which grows by 8 bytes a distinct shingle.
+            run: Where batches are worked on: here, or in threads by an executor's `map`.
         """
         path = folder / "shingles.bin"
         sizes = [np.zeros(1, np.int64)]
         with path.open("wb") as file:
-            for first, batch in batches:
-                begin, end = np.searchsorted(rows, [first, first + len(batch)])
-                if begin == end:
-                    continue
-                sets = minhash.shingle_sets([batch.texts[row - first] for row in rows[begin:end]])
+            for sets in run(lambda batch: _sets_of(rows, *batch), batches):
                 sets.hashes.tofile(file)
                 sizes.append(sets.counts)
         offsets = np.cumsum(np.concatenate(sizes))
@@ -80,12 +86,20 @@ class Texts:
         return minhash.jaccard(self._sets, i, j)
 
 
+def _sets_of(rows: np.ndarray, first: int, batch: RowBatch) -> Words:
+    """Shingle sets of those of the rows that are in a batch."""
+    begin, end = np.searchsorted(rows, [first, first + len(batch)])
+    texts = batch.texts_at(rows[begin:end] - first)
+    return minhash.shingle_sets(texts)
+
+
 def similar_pairs(
     bands: Iterable[np.ndarray],
     rows: np.ndarray,
     batches: Iterable[tuple[int, RowBatch]],
     threshold: float,
     priority: np.ndarray,
+    run: Map = map,
 ) -> Pairs:
     """Find the pairs of rows that are at least `threshold` similar.
 
@@ -95,11 +109,12 @@ def similar_pairs(
         batches: All rows, for the exact comparison.
         threshold: Jaccard similarity, in (0, 1].
         priority: One distinct number a position of all rows; decides who leads a crowded group.
+        run: Where work on bands and batches is done: here, or in threads by an executor's `map`.
     """
-    candidates, crowds = candidate_pairs(bands, rows)
+    candidates, crowds = candidate_pairs(bands, rows, run)
     involved = np.unique(np.concatenate([*unpack_pairs(candidates), *crowds]))
     with tempfile.TemporaryDirectory(prefix="posttrain-similar-") as folder:
-        texts = Texts.read(involved, batches, Path(folder))
+        texts = Texts.read(involved, batches, Path(folder), run)
         left, right = unpack_pairs(candidates)
         similarity = texts.similarity(left, right)
         found = similarity >= threshold
@@ -108,27 +123,34 @@ def similar_pairs(
 
 
 def candidate_pairs(
-    bands: Iterable[np.ndarray], rows: np.ndarray
+    bands: Iterable[np.ndarray], rows: np.ndarray, run: Map = map
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Distinct pairs, as one uint64 each, and the groups too large to compare all pairs of."""
     found = np.zeros(0, np.uint64)
     crowds: dict[bytes, np.ndarray] = {}
-    for keys in bands:
-        groups = group_equal(keys, rows)
-        small = np.repeat(groups.sizes <= CROWDED, groups.sizes)
-        group = np.repeat(np.arange(len(groups.sizes)), groups.sizes)[small]
-        members = groups.rows[small]
-        pairs = [found]
-        for distance in range(1, CROWDED):
-            same = group[distance:] == group[:-distance]
-            if not same.any():
-                break
-            pairs.append(pack_pairs(members[:-distance][same], members[distance:][same]))
-        found = np.unique(np.concatenate(pairs))
-        for number in np.flatnonzero(groups.sizes > CROWDED):
-            crowd = groups.rows[groups.starts[number] : groups.starts[number + 1]]
-            crowds[crowd.tobytes()] = crowd
+    for pairs, large in run(lambda keys: _pairs_of_band(keys, rows), bands):
+        found = np.union1d(found, pairs)
+        crowds.update({crowd.tobytes(): crowd for crowd in large})
     return found, list(crowds.values())
+
+
+def _pairs_of_band(keys: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Pairs of the rows that share a key of one band, and the large groups."""
+    groups = group_equal(keys, rows)
+    small = np.repeat(groups.sizes <= CROWDED, groups.sizes)
+    group = np.repeat(np.arange(len(groups.sizes)), groups.sizes)[small]
+    members = groups.rows[small]
+    pairs = [np.zeros(0, np.uint64)]
+    for distance in range(1, CROWDED):
+        same = group[distance:] == group[:-distance]
+        if not same.any():
+            break
+        pairs.append(pack_pairs(members[:-distance][same], members[distance:][same]))
+    large = [
+        groups.rows[groups.starts[number] : groups.starts[number + 1]]
+        for number in np.flatnonzero(groups.sizes > CROWDED)
+    ]
+    return np.concatenate(pairs), large
 
 
 def compare_crowd(crowd: np.ndarray, texts: Texts, threshold: float, priority: np.ndarray) -> Pairs:

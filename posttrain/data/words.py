@@ -96,21 +96,29 @@ def utf8_buffers(texts: Sequence[str] | pa.Array) -> tuple[np.ndarray, np.ndarra
     Arrow's buffers are used in place wherever the text is ASCII or in NFC already.
     """
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     array = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.large_string())
     if array.type != pa.large_string():
         array = array.cast(pa.large_string())
-    ascii_only = pc.all(pc.string_is_ascii(array)).as_py()
-    if ascii_only is False:
-        values = array.to_pylist()
-        if not all(value.isascii() or unicodedata.is_normalized("NFC", value) for value in values):
-            array = pa.array([unicodedata.normalize("NFC", v) for v in values], pa.large_string())
+    array = _in_nfc(array)
     _, offset_buffer, data_buffer = array.buffers()
     if len(array) == 0 or data_buffer is None:
         return np.zeros(0, np.uint8), np.zeros(len(array) + 1, np.int64)
     offsets = np.frombuffer(offset_buffer, np.int64)[array.offset : array.offset + len(array) + 1]
     return np.frombuffer(data_buffer, np.uint8), offsets
+
+
+def _in_nfc(array: pa.Array) -> pa.Array:
+    """The texts in NFC; mostly they are already, and ASCII always is."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    other = np.flatnonzero(~pc.string_is_ascii(array).to_numpy(zero_copy_only=False).astype(bool))
+    values = array.take(pa.array(other)).to_pylist()
+    if all(unicodedata.is_normalized("NFC", value) for value in values):
+        return array
+    every = array.to_pylist()
+    return pa.array([unicodedata.normalize("NFC", value) for value in every], pa.large_string())
 
 
 def _hash_words_numpy(

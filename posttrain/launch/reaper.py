@@ -22,13 +22,11 @@ library and psutil are imported here.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -38,9 +36,9 @@ from types import FrameType
 import psutil
 
 from posttrain.launch.leftovers import MARK, mark_of
+from posttrain.launch.parent import end_with_parent, prctl
 
 _POLL_S = 0.05
-_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -63,7 +61,7 @@ def main() -> None:
     options = _parse_options()
     # In place before the program exists: from here on no signal or death goes unnoticed.
     stop = _StopRequest(options.alive_fd, options.parent_pid)
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
     family = _Family(options.command, options.stage_dir, has_ranks=options.has_ranks)
 
     stopped = _wait_for_end_or_request(family, stop)
@@ -120,7 +118,7 @@ class _Family:
             stdin=subprocess.DEVNULL,
             # The reaper goes unmarked: killing what is marked must not kill who reports it.
             env={**os.environ, MARK: mark_of(stage_dir)},
-            preexec_fn=lambda: _end_with_parent(reaper_pid),
+            preexec_fn=lambda: end_with_parent(reaper_pid),
         )
 
     @property
@@ -187,21 +185,6 @@ def _wait_for_end_or_request(family: _Family, stop: _StopRequest) -> bool:
         if stop.came_within(_POLL_S):
             return True
     return False
-
-
-def _end_with_parent(parent_pid: int) -> None:
-    """Get TERM when the reaper dies. Runs in the child, between fork and exec."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent_pid:  # it died before the call above
-        os._exit(128 + signal.SIGTERM)
-
-
-def _prctl(option: int, value: int) -> None:
-    if sys.platform != "linux":  # elsewhere descendants are found while their parents live
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
 
 
 def _write_status(stage_dir: Path, status: Status) -> None:

@@ -4,6 +4,7 @@ This package imports nothing heavy: reading a recipe takes milliseconds.
 """
 
 from posttrain.recipe.base import RowFamily, RowFormat, StageConfig, result_config
+from posttrain.recipe.contamination import ContaminationConfig
 from posttrain.recipe.convert import ConvertConfig
 from posttrain.recipe.datasets import DatasetSpec
 from posttrain.recipe.evaluate import EvaluateConfig
@@ -17,6 +18,7 @@ from posttrain.recipe.sft import SftConfig
 
 __all__ = [
     "STAGES",
+    "ContaminationConfig",
     "ConvertConfig",
     "DatasetSpec",
     "EvaluateConfig",

@@ -17,7 +17,7 @@ from posttrain.data.reporting import report_of
 from posttrain.data.sources import source_digest
 from posttrain.errors import DataError
 from posttrain.recipe.datasets import DatasetSpec
-from posttrain.recipe.prepare import AGAINST, Decontaminate, PrepareConfig
+from posttrain.recipe.prepare import AGAINST, PrepareConfig
 from posttrain.stages.program import StageContext, StageInput, StageResult, run_program
 from posttrain.store.files import write_json
 
@@ -31,7 +31,7 @@ def main(context: StageContext[PrepareConfig]) -> StageResult:
     scratch = context.stage_dir / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    sources = _sources(context, scratch)
+    sources = _sources(context)
     done = prepare_dataset(sources, context.config, context.output, scratch, context.events)
     # Read once more at the end: files that changed meanwhile must not be published as these.
     _check_unchanged(context.input("rows"), sources.rows)
@@ -52,7 +52,7 @@ def main(context: StageContext[PrepareConfig]) -> StageResult:
     )
 
 
-def _sources(context: StageContext[PrepareConfig], scratch: Path) -> Sources:
+def _sources(context: StageContext[PrepareConfig]) -> Sources:
     inputs, config = context.job.inputs, context.config
     test = inputs.get("test")
     return Sources(
@@ -66,20 +66,8 @@ def _sources(context: StageContext[PrepareConfig], scratch: Path) -> Sources:
         },
         test=DatasetSpec.model_validate(test.spec) if test else None,
         tokenizer=Path(inputs["model"].path) if "model" in inputs else None,
-        contamination=_index(context, config.decontaminate, scratch),
+        contamination=Path(inputs["contamination"].path) if "contamination" in inputs else None,
     )
-
-
-def _index(
-    context: StageContext[PrepareConfig], config: Decontaminate | None, scratch: Path
-) -> Path | None:
-    """The n-grams of the evaluation's items, where there are any."""
-    if config is None or not config.benchmarks:
-        return None
-    from posttrain.data.contamination import build_index
-
-    context.events.phase(f"indexing the items of {', '.join(config.benchmarks)}")
-    return build_index(config, scratch / "contamination")
 
 
 def _check_unchanged(source: StageInput, spec: DatasetSpec) -> None:

@@ -242,6 +242,28 @@ WRONG: dict[str, tuple[list[Any], str]] = {
         "stages[1].evaluate.tasks: `python_docs_trained` asks about Python objects, and `chats` "
         "has none\n    use it with a dataset of source builtin:python-docs/chats",
     ),
+    "rules for documents on chats": (
+        [{"prepare": {"dataset": "chats", "document_quality": {}}}],
+        "stages[0].prepare.document_quality: these rules are for documents, and `chats` holds "
+        "chats\n    use `answer_quality`",
+    ),
+    "a dataset against itself": (
+        [{"prepare": {"dataset": "chats", "near_dedup": {"against": ["chats"]}}}],
+        "stages[0].prepare.near_dedup.against: `chats` is the dataset itself",
+    ),
+    "against what is not there": (
+        [{"prepare": {"dataset": "chats", "exact_dedup": {"against": ["cats"]}}}],
+        "stages[0].prepare.exact_dedup.against: there is no dataset `cats`",
+    ),
+    "a test set that is not there": (
+        [{"prepare": {"dataset": "chats", "split": {"test_dataset": "cats"}}}],
+        "stages[0].prepare.split.test_dataset: there is no dataset `cats`",
+    ),
+    "keeping our own questions out": (
+        [{"prepare": {"dataset": "chats", "decontaminate": ["python_docs_held_out"]}}],
+        "stages[0].prepare.decontaminate: `python_docs_held_out` is made from the rows of the "
+        "dataset, so it cannot be kept out\n    leave it out",
+    ),
     "more processes than rows": (
         [{"sft": {"dataset": "chats", "batching": {"batch_size": 3},
                   "launch": {"num_processes": 2}}}],
@@ -278,3 +300,110 @@ def test_mistakes_in_model_data_and_order_stand_in_one_report(open_recipe: Any) 
     assert {problem.where for problem in caught.value.problems} == {
         *("model", "datasets.chats.source", "stages[1].merge")
     }
+
+
+BENCHMARK = """\
+task: trivia
+dataset_path: json
+dataset_kwargs: {data_files: {test: TRIVIA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+QUESTION = "which harbour did the whaling fleet of the northern islands leave in the year of ice"
+
+
+@pytest.fixture
+def trivia(tmp_path: Path) -> Path:
+    """A folder with a benchmark of two questions."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [
+        {"question": QUESTION, "choices": ["Vardo", "Tromso"], "answer": 0},
+        {"question": "who " + QUESTION[5:], "choices": ["nobody", "all"], "answer": 1},
+    ]
+    (folder / "trivia.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = BENCHMARK.replace("TRIVIA", str(folder / "trivia.jsonl"))
+    (folder / "trivia.yaml").write_text(text)
+    return folder
+
+
+def chats_about(*prompts: str) -> str:
+    rows = [
+        {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": f"{p}!"}]}
+        for p in prompts
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_rows_that_give_away_the_recipes_benchmarks_are_dropped(
+    open_recipe: Any, trivia: Path, tmp_path: Path
+) -> None:
+    """The benchmarks of `evaluate` are kept out without being named; the index is made once."""
+    evaluate = {"evaluate": {"tasks": ["trivia"], "task_folders": [str(trivia)]}}
+    more = tmp_path / "more.jsonl"
+    more.write_text(chats_about("one", "two", "three", f"Tell me, {QUESTION.upper()}?"))
+    datasets = {"more": {"source": str(more)}, "chats": {"source": str(tmp_path / "chats.jsonl")}}
+    stages = [mix("more", "chats"), {"sft": {"dataset": "blend"}}, evaluate]
+    (tmp_path / "chats.jsonl").write_text(chats_about("four", "five", "six"))
+    pipeline = open_recipe(*stages, datasets=datasets)
+    names = [step.name for step in pipeline.steps]
+    assert names.count("contamination") == 1
+    assert pipeline.step("prepare-more").waits_for() == {"contamination"}
+    done: dict[str, Any] = {}
+    for name in ("contamination", "prepare-more"):
+        bound = pipeline.bind(pipeline.step(name), done)
+        outcome = run_step(bound, Store(tmp_path / "store"), StageObserver())
+        done[name] = outcome.artifact
+    assert done["contamination"].manifest.headline == "trivia 2 items"
+    line = PreparedDataset.open(done["prepare-more"].path).ledger()[3]
+    assert (line.operation, line.reason) == ("decontaminate", "in trivia")
+    assert line.detail is not None
+    assert "whaling fleet" in line.detail.lower()
+
+    # Another benchmark that drops no other row changes the index and the report, no training.
+    (trivia / "trivia.jsonl").write_text(
+        json.dumps({"question": QUESTION + " again", "choices": ["a", "b"], "answer": 1}) + "\n"
+    )
+    again = open_recipe(*stages, datasets=datasets)
+    first = done["prepare-more"].digest
+    for name in ("contamination", "prepare-more"):
+        bound = again.bind(again.step(name), done)
+        outcome = run_step(bound, Store(tmp_path / "store"), StageObserver())
+        assert outcome.status == "ran"
+        done[name] = outcome.artifact
+    assert done["prepare-more"].digest == first
+
+
+def test_without_benchmarks_nothing_is_indexed(open_recipe: Any) -> None:
+    pipeline = open_recipe(SFT, {"evaluate": {"dataset": "chats"}})
+    assert "contamination" not in [step.name for step in pipeline.steps]
+    assert pipeline.step("prepare-chats").config.decontaminate is None
+
+
+def test_other_datasets_and_a_test_set_are_inputs_of_prepare(
+    open_recipe: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "chats.jsonl").write_text(chats_about("one", "two", "three"))
+    more = tmp_path / "more.jsonl"
+    more.write_text(chats_about("one", "four", "five", "six"))
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text(chats_about("six", "seven"))
+    datasets = {
+        "chats": {"source": str(tmp_path / "chats.jsonl")},
+        "more": {"source": str(more)},
+        "exam": {"source": str(exam)},
+    }
+    settings = {"exact_dedup": {"against": ["chats"]}, "split": {"test_dataset": "exam"}}
+    pipeline = open_recipe({"prepare": {"dataset": "more", **settings}}, datasets=datasets)
+    assert [step.name for step in pipeline.steps] == ["prepare-chats", "prepare-more"]
+    done: dict[str, Any] = {}
+    for step in pipeline.steps:
+        bound = pipeline.bind(step, done)
+        done[step.name] = run_step(bound, Store(tmp_path / "store"), StageObserver()).artifact
+    dataset = PreparedDataset.open(done["prepare-more"].path)
+    assert {line.reason for line in dataset.ledger()} == {"duplicate", "repeats the test set", None}
+    assert dataset.sizes == {"train": 1, "validation": 1, "test": 2}

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from posttrain.data import cluster_sets, cluster_stages, near_duplicates
+from posttrain.data import cluster_sets, cluster_stages, lines
 from posttrain.data.cluster import DedupJob, pipelines, run_local, run_slurm, summary
 from posttrain.data.near_duplicates import deduplicate_jsonl
 from posttrain.errors import DataError, UsageError
@@ -127,7 +127,7 @@ def test_what_is_held_at_a_time_makes_no_difference(
     with monkeypatch.context() as limits:
         limits.setattr(cluster_sets, "_SHINGLES", 300)
         limits.setattr(cluster_stages, "_PAIRS", 10)
-        limits.setattr(near_duplicates, "_CHUNK_BYTES", 1000)
+        limits.setattr(lines, "_CHUNK_BYTES", 1000)
         run_tasks(job)
     data, expected = one_process(paths, tmp_path / "one.jsonl")
     assert drops(job) == expected

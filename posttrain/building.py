@@ -1,0 +1,345 @@
+"""From a recipe to the steps of a pipeline: what a person means, and all that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from posttrain.benchmarks import identify_benchmarks
+from posttrain.errors import Problem, RecipeError
+from posttrain.evaluate.python_docs_task import TASKS
+from posttrain.hardware import resolve_dtype
+from posttrain.model_reference import ModelReference
+from posttrain.pipeline import Input, Output, Pipeline, Rows, Step
+from posttrain.recipe import (
+    ContaminationConfig,
+    ConvertConfig,
+    EvaluateConfig,
+    GateConfig,
+    MergeConfig,
+    MixConfig,
+    PreflightConfig,
+    PrepareConfig,
+    Recipe,
+    SftConfig,
+    StageConfig,
+)
+from posttrain.recipe.base import ArtifactKind
+from posttrain.recipe.mix import MIXED
+from posttrain.recipe.prepare import AGAINST, Decontaminate
+from posttrain.store.digests import DigestCache
+
+
+def build_pipeline(
+    recipe: Recipe,
+    model: ModelReference,
+    rows: Mapping[str, Rows],
+    digests: DigestCache,
+    file: str | None = None,
+) -> Pipeline:
+    """Lay out the steps of a recipe.
+
+    Args:
+        recipe: a validated recipe.
+        model: its base model, resolved.
+        rows: its datasets, with digests, by name.
+        digests: remembers digests of the files that benchmarks are read from.
+        file: the recipe's file, for messages.
+
+    Raises:
+        RecipeError: stages that cannot follow each other, each with what to write instead.
+    """
+    builder = _Builder(recipe, rows, model, digests)
+    for position, config in enumerate(recipe.stages):
+        builder.add_stage(position, config)
+    if builder.problems:
+        raise RecipeError(builder.problems, file)
+    return Pipeline(recipe, _cheap_mistakes_first(builder.steps))
+
+
+def _cheap_mistakes_first(steps: list[Step]) -> tuple[Step, ...]:
+    """Everything that needs no training goes before the training, in an order that can run.
+
+    A bad row, a misspelt benchmark or one that cannot be reached is then found in minutes, by
+    `prepare` and by the evaluation of the base, and not after a night of training.
+    """
+    early: set[str] = set()
+    for step in steps:
+        if not isinstance(step.config, SftConfig) and step.waits_for() <= early:
+            early.add(step.name)
+    first = [step for step in steps if step.name in early]
+    return (*first, *(step for step in steps if step.name not in early))
+
+
+def contamination_step(config: ContaminationConfig, digests: DigestCache) -> Step:
+    """The step that indexes the items of benchmarks."""
+    benchmarks = identify_benchmarks(
+        config.benchmarks, config.task_folders, config.offline_root, digests
+    )
+    return Step("contamination", config, {"benchmarks": benchmarks}, config.produces)
+
+
+@dataclass
+class _Builder:
+    recipe: Recipe
+    rows: Mapping[str, Rows]
+    base: Input
+    digests: DigestCache
+    steps: list[Step] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    models: dict[str, Output] = field(default_factory=dict)
+    """Steps that leave a model or an adapter, by name."""
+    prepared: dict[str, Output] = field(default_factory=dict)
+    """Prepared datasets by dataset name."""
+    trained_on: dict[str, str] = field(default_factory=dict)
+    """Dataset name by model-making step."""
+    evaluated: tuple[Output, Output] | None = None
+    """Base and candidate of the last evaluation."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.base, ModelReference) and self.base.kind == "gguf":
+            self.base = self._add("convert", ConvertConfig(), {"weights": self.base})
+        self.current: Input = self.base
+        self.last_dataset: str | None = None
+        for config in self.recipe.stages:
+            if isinstance(config, SftConfig):
+                for name in self.recipe.made_of(config.dataset):
+                    self._add_preflight(config, name)
+
+    def add_stage(self, position: int, config: StageConfig) -> None:
+        where = f"stages[{position}].{config.stage}"
+        match config:
+            case PrepareConfig():
+                self._add_prepare(where, config)
+            case MixConfig():
+                self._add_mix(where, config)
+            case SftConfig():
+                self._add_sft(where, config)
+            case MergeConfig():
+                self._add_merge(where, config)
+            case EvaluateConfig():
+                self._add_evaluate(where, config)
+            case GateConfig():
+                self._add_gate(where, config)
+
+    # One method a stage kind
+
+    def _add_preflight(self, config: SftConfig, dataset: str) -> None:
+        """Check the rows of a training stage against the base, once for equal checks."""
+        if dataset not in self.rows:
+            return
+        check = PreflightConfig(
+            max_length=config.batching.max_length, extra_args=tuple(config.extra_args)
+        )
+        inputs = {"model": self.base, "rows": self.rows[dataset]}
+        if not any((step.config, step.inputs) == (check, inputs) for step in self.steps):
+            self._add("preflight", check, inputs)
+
+    def _add_prepare(self, where: str, config: PrepareConfig) -> None:
+        rows = self._dataset(f"{where}.dataset", config.dataset)
+        if config.dataset in self.prepared:
+            self._problem(where, f"`{config.dataset}` was prepared already", "remove one of them")
+        if rows is None:
+            return
+        inputs: dict[str, Input] = {"rows": rows}
+        for operation in ("exact_dedup", "near_dedup"):
+            for other in getattr(getattr(config, operation), "against", ()):
+                there = f"{where}.{operation}.against"
+                if other == config.dataset:
+                    self._problem(there, f"`{other}` is the dataset itself", "name another one")
+                elif (output := self._prepare(there, other)) is not None:
+                    inputs[f"{AGAINST}{other}"] = output
+        if config.split.test_dataset is not None:
+            test = self._dataset(f"{where}.split.test_dataset", config.split.test_dataset)
+            if test is not None:
+                inputs["test"] = test
+        if config.length is not None and config.length.max_tokens is not None:
+            inputs["model"] = self.base
+        decontaminate = self._decontaminate(f"{where}.decontaminate", config.decontaminate)
+        if decontaminate is not None:
+            inputs["contamination"] = self._add_contamination(decontaminate)
+            # The index stands for the benchmarks from here on.
+            bare = {"benchmarks": None, "task_folders": (), "offline_root": None}
+            decontaminate = decontaminate.model_copy(update=bare)
+        config = config.model_copy(update={"decontaminate": decontaminate})
+        name = config.name or self._prepare_name(config.dataset)
+        self.prepared[config.dataset] = self._add(name, config, inputs)
+
+    def _add_contamination(self, decontaminate: Decontaminate) -> Output:
+        """Index the evaluation's items, once for equal settings."""
+        step = contamination_step(ContaminationConfig.of(decontaminate), self.digests)
+        for other in self.steps:
+            if (other.config, other.inputs) == (step.config, step.inputs):
+                return other.output
+        return self._add("contamination", step.config, step.inputs)
+
+    def _add_mix(self, where: str, config: MixConfig) -> None:
+        if config.name in self.rows or config.name in self.prepared:
+            message = f"there is a dataset `{config.name}` already"
+            self._problem(f"{where}.name", message, "give the mix a name of its own")
+            return
+        prepared = {name: self._prepare(where, name) for name in config.datasets}
+        inputs = {MIXED + name: output for name, output in prepared.items() if output is not None}
+        self.prepared[config.name] = self._add("mix", config, inputs)
+
+    def _decontaminate(self, where: str, config: Decontaminate | None) -> Decontaminate | None:
+        """The settings with the evaluation sets of the recipe filled in; None without any.
+
+        The tasks about Python's documentation ask about the training rows on purpose.
+        """
+        if config is None:
+            return None
+        stages = [stage for stage in self.recipe.stages if isinstance(stage, EvaluateConfig)]
+        tasks = config.benchmarks
+        if tasks is None:
+            asked = [task for stage in stages for task in stage.tasks if task not in TASKS]
+            tasks = tuple(dict.fromkeys(asked))
+        ours = [task for task in tasks if task in TASKS]
+        if ours:
+            message = f"`{ours[0]}` is made from the rows of the dataset, so it cannot be kept out"
+            self._problem(where, message, "leave it out")
+        if not tasks:
+            return None
+        roots = {stage.offline_root for stage in stages} - {None}
+        if config.offline_root is None and len(roots) > 1:
+            fix = f"write `offline_root` here: one of {', '.join(sorted(map(str, roots)))}"
+            self._problem(where, "the `evaluate` stages read benchmarks from several folders", fix)
+        folders = [folder for stage in stages for folder in stage.task_folders]
+        return config.model_copy(
+            update={
+                "benchmarks": tasks,
+                "task_folders": config.task_folders or tuple(dict.fromkeys(folders)),
+                "offline_root": config.offline_root or next(iter(sorted(map(str, roots))), None),
+            }
+        )
+
+    def _add_sft(self, where: str, config: SftConfig) -> None:
+        dataset = self._prepare(f"{where}.dataset", config.dataset)
+        model = self._model(f"{where}.model", config.model)
+        if isinstance(model, Output) and model.kind == "adapter":
+            fix = "put `- merge: {}` before this stage, or train all weights there"
+            self._problem(where, f"starts from the adapter that `{model.step}` leaves", fix)
+        if dataset is None:
+            return
+        kind: ArtifactKind = "adapter" if config.adapter else "model"
+        config = config.model_copy(update={"dtype": resolve_dtype(config.dtype)})
+        inputs = {"model": model, "dataset": dataset}
+        self._leave_model(self._add("sft", config, inputs, kind), config.dataset)
+
+    def _add_merge(self, where: str, config: MergeConfig) -> None:
+        model = self._model(f"{where}.model", config.model)
+        if not (isinstance(model, Output) and model.kind == "adapter"):
+            before = "no stage before it trains an adapter"
+            if isinstance(model, Output):
+                before = f"`{model.step}` leaves all weights"
+            self._problem(where, f"there is nothing to merge: {before}", "remove this stage")
+            return
+        dataset = self.trained_on[model.step]
+        output = self._add("merge", config, {"model": model, "prompts": self.prepared[dataset]})
+        self._leave_model(output, dataset)
+
+    def _add_evaluate(self, where: str, config: EvaluateConfig) -> None:
+        candidate = self._model(f"{where}.model", config.model)
+        name = config.dataset or self.last_dataset
+        if not config.tasks and name is None:
+            fix = "name `tasks`, or a `dataset` for perplexity"
+            self._problem(where, "has nothing to measure", fix)
+            return
+        config = config.model_copy(update={"dtype": resolve_dtype(config.dtype)})
+        inputs: dict[str, Input] = {}
+        if config.tasks:
+            inputs["benchmarks"] = identify_benchmarks(
+                config.tasks, config.task_folders, config.offline_root, self.digests
+            )
+        if name is not None:
+            dataset = self._prepare(f"{where}.dataset", name)
+            if dataset is None:
+                return
+            inputs["dataset"] = dataset
+        if candidate == self.base:
+            base = self._add("evaluate", config, {"model": self.base, **inputs})
+            self.evaluated = (base, base)
+            return
+        base = self._add("evaluate", config, {"model": self.base, **inputs}, suffix="base")
+        self.evaluated = (base, self._add("evaluate", config, {"model": candidate, **inputs}))
+
+    def _add_gate(self, where: str, config: GateConfig) -> None:
+        if self.evaluated is None:
+            fix = "put `- evaluate: {tasks: [...]}` before it"
+            self._problem(where, "has no numbers to decide on", fix)
+            return
+        base, candidate = self.evaluated
+        if base == candidate:
+            fix = "put the gate after a stage that trains"
+            self._problem(where, "would compare the base model with itself", fix)
+            return
+        self._add("gate", config, {"base": base, "candidate": candidate})
+
+    # What they share
+
+    def _add(
+        self,
+        name: str,
+        config: StageConfig,
+        inputs: Mapping[str, Input],
+        kind: ArtifactKind | None = None,
+        suffix: str = "",
+    ) -> Output:
+        wanted = config.name or name
+        if suffix:
+            wanted = f"{wanted}-{suffix}"
+        taken = {step.name for step in self.steps}
+        unique, count = wanted, 1
+        while unique in taken:
+            count += 1
+            unique = f"{wanted}-{count}"
+        step = Step(unique, config, dict(inputs), kind or config.produces)
+        self.steps.append(step)
+        return step.output
+
+    def _prepare_name(self, dataset: str) -> str:
+        return "prepare" if len(self.rows) == 1 else f"prepare-{dataset}"
+
+    def _prepare(self, where: str, dataset: str) -> Output | None:
+        """The prepared dataset; with default settings where no stage says otherwise."""
+        if dataset not in self.prepared:
+            mixes = [stage.name for stage in self.recipe.stages if isinstance(stage, MixConfig)]
+            if dataset in mixes and dataset not in self.rows:
+                message = f"`{dataset}` is mixed by a later stage"
+                self._problem(where, message, "move that stage up")
+                return None
+            rows = self._dataset(where, dataset)
+            if rows is None:
+                return None
+            for stage in self.recipe.stages:
+                if isinstance(stage, PrepareConfig) and stage.dataset == dataset:
+                    message = f"`{dataset}` is prepared by a later stage"
+                    self._problem(where, message, "move that stage up")
+            self._add_prepare(where, PrepareConfig(dataset=dataset))
+        return self.prepared[dataset]
+
+    def _dataset(self, where: str, name: str) -> Rows | None:
+        if name not in self.rows:
+            known = ", ".join(self.rows) or "none"
+            fix = f"add it under `datasets`; the recipe has: {known}"
+            self._problem(where, f"there is no dataset `{name}`", fix)
+            return None
+        return self.rows[name]
+
+    def _model(self, where: str, name: str | None) -> Input:
+        if name is None:
+            return self.current
+        if name in self.models:
+            return self.models[name]
+        known = ", ".join(self.models) or "none so far"
+        self._problem(
+            where, f"no stage before this one is `{name}`", f"stages with a model: {known}"
+        )
+        return self.current
+
+    def _leave_model(self, output: Output, dataset: str) -> None:
+        self.current = self.models[output.step] = output
+        self.trained_on[output.step] = self.last_dataset = dataset
+
+    def _problem(self, where: str, message: str, fix: str) -> None:
+        self.problems.append(Problem(where, message, fix))

@@ -1,0 +1,19 @@
+"""`contamination`: the evaluation's items, indexed."""
+
+from __future__ import annotations
+
+from prefect import State, task
+from prefect.cache_policies import NO_CACHE
+
+from posttrain.execute import Outcome
+from posttrain.pipeline import Step
+from posttrain.run import PipelineRun
+from tasks.stage import run_stage
+
+
+@task(
+    name="contamination", task_run_name="{step.name}", cache_policy=NO_CACHE, persist_result=False
+)
+def contamination(step: Step, inputs: list[Outcome], run: PipelineRun) -> State[Outcome]:
+    """Index what the evaluation will ask, so that no row gives it away."""
+    return run_stage(step, inputs, run)
