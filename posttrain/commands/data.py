@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,10 +170,12 @@ def _workshop(out: Path) -> Iterator[tuple[Path, Path]]:
     from posttrain.store.locks import exclusive
 
     folder = out.parent / f".{out.name}.partial"
-    with exclusive(folder / "lock", lambda: typer.echo("waiting for another run ...", err=True)):
-        for name in ("output", "scratch"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / "scratch").mkdir()
+    # A lock file stays for good, and nobody wants one beside the data.
+    name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    lock = Path(tempfile.gettempdir()) / f"posttrain-{name}.lock"
+    with exclusive(lock, lambda: typer.echo("waiting for another run ...", err=True)):
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "scratch").mkdir(parents=True)
         try:
             yield folder / "output", folder / "scratch"
         finally:
