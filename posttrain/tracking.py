@@ -60,6 +60,13 @@ class MlflowTracker(StageObserver):
         """The nested run of a stage that was executed now."""
         return self._children.get(step)
 
+    def artifacts_page(self, step: str) -> str | None:
+        """Address of the page with a stage's files, where MLflow is a server."""
+        run_id, uri = self._children.get(step), self._home.tracking_uri
+        if run_id is None or not uri.startswith("http"):
+            return None
+        return f"{uri.rstrip('/')}/#/experiments/{self._experiment}/runs/{run_id}/artifacts"
+
     # What stages tell
 
     def started(self, step: BoundStep) -> None:

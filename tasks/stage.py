@@ -48,7 +48,7 @@ def run_stage(step: Step, inputs: list[Outcome], run: PipelineRun) -> State[Outc
     del inputs
     outcome = run.execute(step, [FlowObserver()])
     headline = outcome.artifact.manifest.headline
-    _keep_report(outcome)
+    _keep_report(outcome, run)
     name = "Cached" if outcome.status == "reused" else "Completed"
     return Completed(name=name, message=headline, data=outcome)
 
@@ -100,23 +100,21 @@ class FlowObserver(StageObserver):
             update_progress_artifact(self._progress, percent, description=text)  # type: ignore[arg-type]
 
 
-def _keep_report(outcome: Outcome) -> None:
+def _keep_report(outcome: Outcome, run: PipelineRun) -> None:
     """Show a verdict's or a dataset's report among the run's artifacts."""
-    folder = outcome.artifact.path
+    folder, name = outcome.artifact.path, outcome.artifact.manifest.name
     try:
         if (folder / "verdict.md").exists():
             verdict = (folder / "verdict.md").read_text(encoding="utf-8")
             create_markdown_artifact(verdict, key="verdict")
         if (folder / "report.html").exists():
-            name = outcome.artifact.manifest.name.replace("_", "-")
-            summary = report_markdown(
-                ReportData.model_validate_json((folder / "report.json").read_bytes())
-            )
-            create_markdown_artifact(summary, key=f"report-{name}")
-            create_link_artifact(
-                (folder / "report.html").resolve().as_uri(),
-                "report.html",
-                key=f"report-{name}-page",
-            )
+            key = f"report-{name}".replace("_", "-")
+            data = ReportData.model_validate_json((folder / "report.json").read_bytes())
+            # A browser follows no link from a server's page to a file, so its path is shown.
+            page = f"\n\nThe whole report: `{folder / 'report.html'}`"
+            create_markdown_artifact(report_markdown(data) + page, key=key)
+            address = run.tracker.artifacts_page(name)
+            if address is not None:
+                create_link_artifact(address, "report.html in MLflow", key=f"{key}-page")
     except MissingContextError:
         return

@@ -15,7 +15,12 @@ from posttrain.plan import make_plan
 from posttrain.store import Store
 from tests.flows.conftest import Tiny, chat
 
-ALL = ["preflight", "prepare", "evaluate-base", "sft", "merge", "evaluate", "gate"]
+ALL = [
+    *("preflight", "contamination", "prepare", "evaluate-base"),
+    *("sft", "merge", "evaluate", "gate"),
+]
+OF_ROWS = [name for name in ALL if name != "contamination"]
+"""Steps that depend on the rows of the dataset."""
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +99,11 @@ def test_changing_one_row_runs_from_prepare_on(ran: Tiny, tmp_path: Path) -> Non
     lines = ran.rows.read_text().splitlines()
     other = tmp_path / ran.rows.name
     other.write_text("\n".join([json.dumps(chat("door", "pink")), *lines[1:]]) + "\n")
-    assert would_run(ran, f"datasets.chats.source={other}") == ALL
+    assert would_run(ran, f"datasets.chats.source={other}") == OF_ROWS
 
 
 def test_reading_the_same_file_otherwise_runs_from_prepare_on(ran: Tiny) -> None:
-    assert would_run(ran, "datasets.chats.limit=20") == ALL
+    assert would_run(ran, "datasets.chats.limit=20") == OF_ROWS
 
 
 def test_the_plan_says_what_changed(ran: Tiny) -> None:
@@ -145,6 +150,21 @@ def test_a_gate_that_is_not_convinced_rejects_the_run(ran: Tiny) -> None:
 
     state = post_training(str(ran.recipe), ["gate.max_drop=0.001"], return_state=True)
     assert (state.name, state.is_failed()) == ("Rejected", True)
+
+
+def test_the_report_of_the_data_is_an_artifact_in_prefect_and_in_mlflow(ran: Tiny) -> None:
+    import mlflow
+    from prefect.client.orchestration import get_client
+
+    [prepared] = [a for a in Store(ran.home / "store").artifacts() if a.manifest.stage == "prepare"]
+    with get_client(sync_client=True) as client:
+        [shown, *_] = [a for a in client.read_artifacts() if a.key == "report-prepare"]
+    assert "for training and" in str(shown.data)
+    assert str(prepared.path / "report.html") in str(shown.data)
+    found = mlflow.MlflowClient(Home(ran.home).tracking_uri).list_artifacts(
+        str(prepared.manifest.mlflow_run_id)
+    )
+    assert "report.html" in {file.path for file in found}
 
 
 def test_mlflow_holds_the_run_its_stages_data_and_models(ran: Tiny) -> None:
