@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
     from posttrain.data.report_data import ReportData
     from posttrain.recipe.datasets import DatasetSpec
     from posttrain.recipe.prepare import PrepareConfig
+
+_RATE_FROM = 10_000
+"""Rows from which a rate says more about the machine than about starting up."""
 
 app = typer.Typer(
     help="Clean, deduplicate and split data without a recipe.",
@@ -233,7 +235,7 @@ def _contamination(config: PrepareConfig, quiet: bool) -> Path | None:
     store = Home.find().store
     step = contamination_step(ContaminationConfig.of(config.decontaminate), store.digests)
     recipe = Recipe(name="data", model="none", stages=(config,))
-    watch = StageObserver() if quiet else observer(_console())
+    watch = StageObserver() if quiet else observer(_console(stderr=True))
     bound = Pipeline(recipe, (step,)).bind(step, {})
     return run_step(bound, store, watch).artifact.path
 
@@ -283,7 +285,9 @@ def _show(done: Preparation, report: ReportData, out: Path) -> None:
     for advice in report.advice:
         style = {"warning": "yellow", "good": "green"}.get(advice.level, "")
         console.print(f"{advice.level}: {advice.text}", style=style)
-    console.print(f"\n{_rate(done):,.0f} rows/s. Look at {out / 'report.html'} before training.")
+    seconds = f"{sum(done.seconds.values()):.1f} s"
+    rate = f", {_rate(done):,.0f} rows/s" if done.counts.rows_in >= _RATE_FROM else ""
+    console.print(f"\n{seconds}{rate}. Look at {out / 'report.html'} before training.")
 
 
 def _rate(done: Preparation) -> float:
@@ -291,8 +295,8 @@ def _rate(done: Preparation) -> float:
     return round(done.counts.rows_in / max(sum(done.seconds.values()), 1e-9), 1)
 
 
-def _console() -> Console:
+def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 120
-    return Console(highlight=False, width=width)
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=120)

@@ -344,7 +344,7 @@ def _kto_balance(facts: DatasetFacts) -> Iterator[Advice]:
     wanted = facts.wanted * facts.desirable_weight
     unwanted = facts.unwanted * facts.undesirable_weight
     ratio = wanted / unwanted
-    if 1 <= ratio <= 4 / 3:
+    if 1 - 1e-9 <= ratio <= 4 / 3 + 1e-9:  # what was advised is rounded
         return
     if ratio > 4 / 3:
         weight, high = "undesirable_weight", wanted / facts.unwanted

@@ -30,10 +30,14 @@ LAST_LETTER = 0x323B0
 """All letters from the table's end to here are ideographs (planes 2 and 3); none is beyond."""
 
 
-@functools.cache
 def use_numba() -> bool:
-    """Whether the kernels can be compiled here."""
-    if os.environ.get("POSTTRAIN_NUMBA") == "0" or importlib.util.find_spec("numba") is None:
+    """Whether the kernels are compiled here; `POSTTRAIN_NUMBA=0` says no."""
+    return os.environ.get("POSTTRAIN_NUMBA") != "0" and _compiles()
+
+
+@functools.cache
+def _compiles() -> bool:
+    if importlib.util.find_spec("numba") is None:
         return False
     try:
         return bool(_compiled().mix(np.uint64(1)))

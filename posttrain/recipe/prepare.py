@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from posttrain.recipe.base import ArtifactKind, StageConfig, Strict
 
+# Cheap and certain first. Personal data after deduplication, so that placeholders make no
+# duplicates; decontamination last, on the text that will be trained on.
 OperationName = Literal[
     "length",
     "document_quality",
@@ -22,18 +24,7 @@ OperationName = Literal[
 AGAINST = "against:"
 """Begins the names of inputs that are other prepared datasets."""
 
-DEFAULT_ORDER: tuple[OperationName, ...] = (
-    # Cheap and certain first. PII last of the edits, so that placeholders make no duplicates;
-    # decontamination sees the text that will be trained on.
-    "length",
-    "document_quality",
-    "answer_quality",
-    "language",
-    "exact_dedup",
-    "near_dedup",
-    "pii",
-    "decontaminate",
-)
+DEFAULT_ORDER: tuple[OperationName, ...] = get_args(OperationName)
 
 
 class Split(Strict):
