@@ -12,6 +12,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -38,9 +39,26 @@ from posttrain.launch.parent import end_with_parent
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+SECONDS_BETWEEN_REPORTS = 5.0
 EXAMPLE_CHARACTERS = 900
 EXAMPLES_A_SHARD = 3
 """Rows a reason whose beginning is kept for the report, of each shard."""
+
+
+class Every:
+    """Says when it is time to report again."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._next = time.monotonic() + seconds
+
+    def due(self) -> bool:
+        """Whether the seconds have passed since the last time that they had."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._seconds
+        return True
 
 
 class Workers:
@@ -168,6 +186,8 @@ class Cleaning:
 
     folder: Path
     workers: Workers
+    say: Callable[[str], None] = lambda _: None
+    """Told how far a long pass is."""
     shards: list[Shard] = field(default_factory=list)
     reports: list[OperationReport] = field(default_factory=list)
     examples: list[RowExample] = field(default_factory=list)
@@ -242,7 +262,14 @@ class Cleaning:
                 rewritten = folder / shard.path.name
                 yield _Task(shard, alive, own, sketchers, folder, rewritten, incoming is not None)
 
-        outcomes = list(self.workers.map(_work, tasks()))
+        outcomes: list[_Outcome] = []
+        often = Every(SECONDS_BETWEEN_REPORTS)
+        for outcome in self.workers.map(_work, tasks()):
+            outcomes.append(outcome)
+            if often.due():
+                rows = sum(shard.rows for shard in shards[: len(outcomes)])
+                total = sum(shard.rows for shard in shards)
+                self.say(f"cleaning, pass {self._passes}: {rows:,} of {total:,} rows")
         if incoming is not None:
             self._begin(shards, outcomes)
         for number, outcome in enumerate(outcomes):

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from posttrain.data.balance import labels_of, left_out
-from posttrain.data.cleaning import Cleaning, OperationReport, Workers
+from posttrain.data.cleaning import (
+    SECONDS_BETWEEN_REPORTS,
+    Cleaning,
+    Every,
+    OperationReport,
+    Workers,
+)
 from posttrain.data.formats import read_rows
 from posttrain.data.operations.base import CorpusOperation, Drop, RowOperation, Sketches
 from posttrain.data.operations.exact_dedup import ExactDuplicates
@@ -117,7 +123,7 @@ def prepare_dataset(
     operations, near = build_operations(config, sources)
     splitter = Splitter(config.split)
     with Workers(processes) as pool:
-        cleaning = Cleaning(scratch, pool)
+        cleaning = Cleaning(scratch, pool, events.phase)
         events.phase(f"reading {sources.shown}")
         with clock.phase("read and clean"):
             shards = _read(sources, writer, events)
@@ -201,7 +207,11 @@ def _read(sources: Sources, writer: ShardWriter, events: Events) -> Iterator[Sha
     if sources.test is not None:
         yield from writer.write(read_rows(sources.test), origin=TEST_ORIGIN)
     before = writer.rows
-    yield from writer.write(read_rows(sources.rows))
+    often = Every(SECONDS_BETWEEN_REPORTS)
+    for shard in writer.write(read_rows(sources.rows)):
+        if often.due():
+            events.phase(f"reading {sources.shown}: {writer.rows:,} rows")
+        yield shard
     if writer.rows == before:
         example = f"; the first: {writer.bad[0][1]}" if writer.bad else ""
         raise DataError(

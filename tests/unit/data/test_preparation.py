@@ -308,3 +308,17 @@ def test_too_few_rows_left_says_what_dropped_the_others(tmp_path: Path) -> None:
     records = [{"text": "short"}] * 3 + [{"text": text(1)}]
     with pytest.raises(DataError, match=r"keep rows away.*dropped so far: 3 too short"):
         prepared(tmp_path, records, length=LengthBounds(min_characters=20))
+
+
+def test_a_long_preparation_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from posttrain.data import cleaning, preparation
+
+    said: list[str] = []
+    monkeypatch.setattr(Silent, "phase", lambda self, message: said.append(message))
+    for module in (cleaning, preparation):
+        monkeypatch.setattr(module, "SECONDS_BETWEEN_REPORTS", 0.0)
+    prepared(tmp_path, [{"text": text(n)} for n in range(12)])
+    assert "reading rows.jsonl: 10 rows" in said
+    assert "cleaning, pass 2: 12 of 12 rows" in said
