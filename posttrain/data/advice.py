@@ -110,6 +110,11 @@ def opening(row: Row) -> str:
             text = next((turn.content for turn in row.messages if turn.role == "user"), "")
         case Preference() | KtoExample():
             text = next((turn.content for turn in row.prompt if turn.role == "user"), "")
+    return first_words(text)
+
+
+def first_words(text: str) -> str:
+    """The first three words in lower case."""
     return " ".join(text[:200].lower().split()[:3])
 
 

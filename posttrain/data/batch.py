@@ -82,11 +82,12 @@ class RowBatch:
             return texts
         return [row_text(row) for row in self.rows]
 
-    def texts_at(self, positions: np.ndarray) -> list[str] | pa.Array:
-        """The texts at some positions; of documents without making any string."""
+    @property
+    def arrow_texts(self) -> list[str] | pa.Array:
+        """The same as `texts` for code that reads Arrow: of documents without making a string."""
         if self.family == "documents":
-            return self.table.column("text").take(positions).combine_chunks()
-        return [self.texts[position] for position in positions]
+            return self.table.column("text").combine_chunks()
+        return self.texts
 
     @cached_property
     def answers(self) -> list[str]:

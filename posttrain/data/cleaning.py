@@ -367,7 +367,7 @@ def _passes(
 def _work(task: _Task) -> _Outcome:
     """One shard in one pass; runs in a worker process."""
     batch = task.shard.read()
-    words = hash_words(batch.texts).counts.astype(np.int32) if task.count_words else None
+    words = hash_words(batch.arrow_texts).counts.astype(np.int32) if task.count_words else None
     alive = np.arange(len(batch)) if task.alive is None else task.alive
     done: list[tuple[str, int, Decisions]] = []
     examples: list[RowExample] = []

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -38,9 +37,6 @@ from posttrain.data.similar import (
 )
 from posttrain.errors import DataError
 from posttrain.store.files import temporary_beside, write_json
-
-if TYPE_CHECKING:
-    pass
 
 _PAIRS = 1_000_000
 """Similar pairs resolved at a time; `keep_best` takes about 1 kB a pair."""

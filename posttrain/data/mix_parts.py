@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +13,7 @@ from posttrain.data.operations.base import Side
 from posttrain.data.prefix import prefixed
 from posttrain.data.prepared import PreparedDataset
 from posttrain.data.split import Splitter
+from posttrain.data.text import hash64
 from posttrain.recipe.prepare import Split
 
 HELD_OUT: tuple[Side, ...] = ("validation", "test")
@@ -62,7 +61,7 @@ def read_part(dataset: PreparedDataset, side: Side, prefix: str | None) -> Part:
     hasher = Splitter(Split(near_duplicates=None))
     ids, keys = [np.zeros(0, "S16")], [np.zeros((0, 4 if prefix else 2), np.uint64)]
     changed = [np.zeros(0, bool)]
-    for batch in row_batches(dataset, side):
+    for batch in dataset.batches(side):
         own = [hasher.sketch(batch)]
         done = np.zeros(len(batch), bool)
         if prefix:
@@ -125,15 +124,6 @@ def assert_no_leak(parts: Parts) -> None:
             raise RuntimeError(f"the mix put one prompt or text on two sides: {one} and {other}")
 
 
-def row_batches(dataset: PreparedDataset, side: Side) -> Iterator[RowBatch]:
-    """One side of a dataset, as operations see rows."""
-    import pyarrow as pa
-
-    for batch in dataset.batches(side):
-        yield RowBatch(dataset.family, pa.Table.from_batches([batch]))
-
-
 def salt(*parts: object) -> np.uint64:
     """What makes one use of a row's hash independent of another."""
-    text = "\0".join(map(str, parts))
-    return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()))
+    return np.uint64(hash64("\0".join(map(str, parts))))

@@ -24,7 +24,6 @@ from posttrain.data.mix_parts import (
     choose_copies,
     keep_sides_apart,
     read_part,
-    row_batches,
     salt,
 )
 from posttrain.data.mix_report import MixReport, report_of
@@ -206,7 +205,7 @@ def _chosen(
 ) -> Iterator[tuple[np.ndarray, pa.Table]]:
     """The rows that are taken, once each and with the prefix; with their positions."""
     first = 0
-    for batch in row_batches(dataset, side):
+    for batch in dataset.batches(side):
         mine = np.flatnonzero(part.copies[first : first + len(batch)])
         if len(mine):
             chosen = batch.take(mine)

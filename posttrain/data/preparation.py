@@ -224,7 +224,8 @@ def _read(sources: Sources, writer: ShardWriter, events: Events) -> Iterator[Sha
 def _all_rows(folder: Path) -> Iterable[Row]:
     dataset = PreparedDataset.open(folder)
     for side in SIDES:
-        yield from dataset.rows(side)
+        for batch in dataset.batches(side):
+            yield from batch.rows
 
 
 def _split(

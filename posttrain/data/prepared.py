@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from posttrain.data.batch import RowBatch
 from posttrain.data.operations.base import Side
-from posttrain.data.rows import Row, arrow_schema, content_digest, from_record
+from posttrain.data.rows import Row, arrow_schema, content_digest
 from posttrain.data.split import SIDES
 from posttrain.errors import DataError
 from posttrain.recipe.base import RowFamily
@@ -129,14 +130,17 @@ class PreparedDataset:
         """The first `limit` rows of one side."""
         rows: list[Row] = []
         for batch in self.batches(side):
-            rows += [from_record(self.family, record) for record in batch.to_pylist()]
+            rows += batch.rows
             if limit is not None and len(rows) >= limit:
                 return rows[:limit]
         return rows
 
-    def batches(self, side: Side) -> Iterator[pa.RecordBatch]:
-        """One side in columns, a thousand rows at a time."""
-        return read_batches(self.folder / f"{side}.parquet")
+    def batches(self, side: Side) -> Iterator[RowBatch]:
+        """One side as operations see rows, a thousand at a time."""
+        import pyarrow as pa
+
+        for batch in read_batches(self.folder / f"{side}.parquet"):
+            yield RowBatch(self.family, pa.Table.from_batches([batch]))
 
     def ledger(self) -> list[LedgerLine]:
         """What became of every input row, in source order."""
@@ -244,8 +248,6 @@ def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[p
 
 def write_dataset(folder: Path, family: RowFamily, rows: Mapping[Side, Sequence[Row]]) -> None:
     """Write rows that are at hand as a prepared dataset, in order of content off training."""
-    from posttrain.data.batch import RowBatch
-
     with PreparedWriter(folder, family) as writer:
         for side, own in rows.items():
             if not own:

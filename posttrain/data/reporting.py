@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from posttrain.data.advice import DatasetFacts, Diversity, Method, opening, sufficiency
+from posttrain.data.advice import (
+    DatasetFacts,
+    Diversity,
+    Method,
+    first_words,
+    opening,
+    sufficiency,
+)
 from posttrain.data.batch import RowBatch
 from posttrain.data.cleaning import EXAMPLE_CHARACTERS, RowExample
 from posttrain.data.preparation import Preparation
@@ -144,7 +151,7 @@ class _Shown:
             rows = rows[:0]
         part = batch.take(rows)
         if batch.family == "documents":
-            self.openings.update(" ".join(t[:200].lower().split()[:3]) for t in part.texts)
+            self.openings.update(first_words(text) for text in part.texts)
             return
         self.openings.update(opening(row) for row in part.rows)
         for row in part.rows:

@@ -89,8 +89,7 @@ class Texts:
 def _sets_of(rows: np.ndarray, first: int, batch: RowBatch) -> Words:
     """Shingle sets of those of the rows that are in a batch."""
     begin, end = np.searchsorted(rows, [first, first + len(batch)])
-    texts = batch.texts_at(rows[begin:end] - first)
-    return minhash.shingle_sets(texts)
+    return minhash.shingle_sets(batch.take(rows[begin:end] - first).arrow_texts)
 
 
 def similar_pairs(

@@ -9,7 +9,6 @@ but their own near duplicates.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from posttrain.data.batch import RowBatch
 from posttrain.data.operations.base import Corpus, CorpusDrops, Side, Sketches
 from posttrain.data.rows import Row, all_messages
 from posttrain.data.similar import Pairs, components, similar_pairs
-from posttrain.data.text import normalise
+from posttrain.data.text import hash64, normalise
 from posttrain.errors import DataError
 from posttrain.recipe.prepare import Split
 
@@ -54,11 +53,11 @@ class Splitter:
     def sketch(self, batch: RowBatch) -> np.ndarray:
         """uint64 of shape (columns, rows): group key, text, tie-break, band keys."""
         normal = [normalise(text) for text in batch.texts]
-        groups = np.array([_hash(key) for key in _group_keys(batch, normal)], np.uint64)
-        texts = np.array([_hash(text) for text in normal], np.uint64)
+        groups = np.array([hash64(key) for key in _group_keys(batch, normal)], np.uint64)
+        texts = np.array([hash64(text) for text in normal], np.uint64)
         if self._config.near_duplicates is None:
             return np.vstack([groups, texts])
-        near = minhash.sketch(batch.texts, _BANDS)
+        near = minhash.sketch(batch.arrow_texts, _BANDS)
         return np.vstack([groups, texts, near.ties, near.keys])
 
     def split(self, corpus: Corpus, sketches: Sketches, test: str | None = None) -> SplitResult:
@@ -191,7 +190,3 @@ def _group_keys(batch: RowBatch, normal: Sequence[str]) -> list[str]:
         else f"subject\0{subject}"
         for text, subject in zip(normal, subjects, strict=True)
     ]
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())

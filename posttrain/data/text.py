@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 
 
@@ -17,3 +18,8 @@ def normalise(text: str, *, ignore_case: bool = False) -> str:
         # Folding can take a text out of NFC (Unicode 16, section 3.13, D145).
         text = unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
     return " ".join(text.split())
+
+
+def hash64(text: str) -> int:
+    """64 bits of BLAKE2b: the same for the same text, always."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())

@@ -6,10 +6,10 @@ hundred thousand rows, and gives the same for every dataset and run.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from posttrain.evaluate.offline import stay_local
 from posttrain.recipe.contamination import ContaminationConfig
 from posttrain.stages.program import StageContext, StageResult, run_program
 
@@ -24,10 +24,7 @@ def main(context: StageContext[ContaminationConfig]) -> StageResult:
         DataError: an unknown benchmark, or one that cannot be read.
     """
     config = context.config
-    if config.offline_root is not None:
-        # Libraries read these once, on import.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        os.environ["HF_DATASETS_OFFLINE"] = "1"
+    stay_local(config.offline_root)
     from posttrain.data.operations.ngram_index import NgramIndex
     from posttrain.evaluate.contamination import evaluation_items
     from posttrain.evaluate.harness import Benchmarks

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.errors import DataError
 from posttrain.evaluate.items import PerplexityRow, write_items, write_perplexity
+from posttrain.evaluate.offline import stay_local
 from posttrain.evaluate.results import (
     EvaluationResults,
     PerplexityResult,
@@ -45,7 +45,7 @@ def main(context: StageContext[EvaluateConfig]) -> StageResult:
         ModelError: the model cannot be loaded, or its chat template cannot write the rows.
     """
     config = context.config
-    _stay_local(config)
+    stay_local(config.offline_root)
     dataset = _open_dataset(context)
     if not config.tasks and dataset is None:
         raise DataError("evaluate: nothing to measure; name `tasks`, a `dataset`, or both")
@@ -81,13 +81,6 @@ def main(context: StageContext[EvaluateConfig]) -> StageResult:
         headline=_headline(results),
         details=results.model_dump(mode="json"),
     )
-
-
-def _stay_local(config: EvaluateConfig) -> None:
-    """Libraries read these once, on import; so this comes before all of them."""
-    if config.offline_root is not None:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
 def _open_dataset(context: StageContext[EvaluateConfig]) -> PreparedDataset | None:

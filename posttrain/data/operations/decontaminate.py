@@ -121,7 +121,7 @@ def _longest_runs(shared: Shared) -> tuple[list[int], list[int], list[int], list
 def _whole_texts(batch: RowBatch) -> Sequence[str] | pa.Array:
     """What each row says, system prompts included."""
     if batch.family == "documents":
-        return batch.table.column("text").combine_chunks()
+        return batch.arrow_texts
     return [_whole_text(row) for row in batch.rows]
 
 

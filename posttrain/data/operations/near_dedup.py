@@ -26,7 +26,7 @@ class NearDuplicates:
 
     def sketch(self, batch: RowBatch) -> np.ndarray:
         """uint64 of shape (bands + 2, rows): band keys, merit, and a hash to break ties."""
-        near = minhash.sketch(batch.texts, self._config.bands)
+        near = minhash.sketch(batch.arrow_texts, self._config.bands)
         return np.vstack([near.keys, self._merit(batch, near.words), near.ties])
 
     def decide(self, corpus: Corpus, sketches: Sketches) -> CorpusDrops:
