@@ -13,7 +13,7 @@ from posttrain.events import Event
 from posttrain.hardware import allocator_settings, describe
 from posttrain.launch import LocalLauncher, Program
 from posttrain.pipeline import BoundStep
-from posttrain.recipe import SftConfig, result_config
+from posttrain.recipe import TrainingConfig, result_config
 from posttrain.stages.program import StageResult
 from posttrain.store import Artifact, Manifest, Store
 from posttrain.store.files import write_json
@@ -196,4 +196,4 @@ def _publish(
 
 def _num_processes(step: BoundStep) -> int:
     config = step.step.config
-    return config.launch.num_processes if isinstance(config, SftConfig) else 1
+    return config.launch.num_processes if isinstance(config, TrainingConfig) else 1

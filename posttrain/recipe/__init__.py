@@ -13,8 +13,10 @@ from posttrain.recipe.merge import MergeConfig
 from posttrain.recipe.mix import MixConfig
 from posttrain.recipe.preflight import PreflightConfig
 from posttrain.recipe.prepare import PrepareConfig
+from posttrain.recipe.pretrain import PretrainConfig
 from posttrain.recipe.recipe import STAGES, Recipe
 from posttrain.recipe.sft import SftConfig
+from posttrain.recipe.training import TrainingConfig
 
 __all__ = [
     "STAGES",
@@ -27,10 +29,12 @@ __all__ = [
     "MixConfig",
     "PreflightConfig",
     "PrepareConfig",
+    "PretrainConfig",
     "Recipe",
     "RowFamily",
     "RowFormat",
     "SftConfig",
     "StageConfig",
+    "TrainingConfig",
     "result_config",
 ]

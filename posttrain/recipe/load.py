@@ -12,7 +12,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from posttrain.errors import Problem, RecipeError, UsageError
+from posttrain.recipe.adapters import ADAPTERS
 from posttrain.recipe.recipe import STAGES, Recipe
+from posttrain.recipe.training import TrainingConfig
 
 
 def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -152,12 +154,12 @@ def _problem(detail: Any, lines: _LineIndex | None) -> Problem:
 
 def _where(loc: tuple[str | int, ...], lines: _LineIndex | None) -> str:
     text = ""
-    for part in loc:
+    for before, part in zip((None, *loc), loc, strict=False):
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part in ("function-before", "lora", "union") or part.startswith(
-            ("tuple[", "literal[")
-        ):
+        elif before == "adapter" and part in ADAPTERS:
+            continue
+        elif part in ("function-before", "union") or part.startswith(("tuple[", "literal[")):
             continue
         else:
             text += f".{part}" if text else part
@@ -171,6 +173,9 @@ def _model_at(loc: tuple[str | int, ...]) -> type[BaseModel]:
     for part in loc[:-1]:
         if isinstance(part, str) and part in STAGES and model is Recipe:
             model = STAGES[part]
+            continue
+        if part in ADAPTERS and issubclass(model, TrainingConfig):
+            model = ADAPTERS[str(part)]
             continue
         field = model.model_fields.get(part) if isinstance(part, str) else None
         if field is None:

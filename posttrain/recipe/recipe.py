@@ -14,11 +14,13 @@ from posttrain.recipe.gate import GateConfig
 from posttrain.recipe.merge import MergeConfig
 from posttrain.recipe.mix import MixConfig
 from posttrain.recipe.prepare import PrepareConfig
+from posttrain.recipe.pretrain import PretrainConfig
 from posttrain.recipe.sft import SftConfig
 
 STAGES: dict[str, type[StageConfig]] = {
     "prepare": PrepareConfig,
     "mix": MixConfig,
+    "pretrain": PretrainConfig,
     "sft": SftConfig,
     "merge": MergeConfig,
     "evaluate": EvaluateConfig,
@@ -53,7 +55,13 @@ def _tag_stage(entry: Any) -> Any:
 
 AnyStage = Annotated[
     Annotated[
-        PrepareConfig | MixConfig | SftConfig | MergeConfig | EvaluateConfig | GateConfig,
+        PrepareConfig
+        | MixConfig
+        | PretrainConfig
+        | SftConfig
+        | MergeConfig
+        | EvaluateConfig
+        | GateConfig,
         Field(discriminator="stage"),
     ],
     BeforeValidator(_tag_stage),

@@ -23,7 +23,7 @@ from transformers import (
 
 from posttrain.errors import ModelError
 from posttrain.events import EventWriter
-from posttrain.recipe.sft import Validation
+from posttrain.recipe.training import Validation
 from posttrain.train.checkpoints import mark_complete
 from posttrain.train.processes import any_process, wait_for_all
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from posttrain.errors import ModelError
-from posttrain.recipe.sft import LoraConfig
+from posttrain.recipe.adapters import LoraConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
