@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from posttrain.ancestry import Ancestry
 from posttrain.benchmarks import identify_benchmarks
 from posttrain.errors import Problem, RecipeError
 from posttrain.evaluate.python_docs_task import TASKS
 from posttrain.hardware import resolve_dtype
+from posttrain.merge_inputs import folding_problems, merge_inputs, merge_problems
 from posttrain.model_reference import ModelReference
 from posttrain.pipeline import Input, Output, Pipeline, Rows, Step
 from posttrain.recipe import (
@@ -20,14 +22,19 @@ from posttrain.recipe import (
     MixConfig,
     PreflightConfig,
     PrepareConfig,
+    PretrainConfig,
     Recipe,
-    SftConfig,
     StageConfig,
+    TrainingConfig,
 )
 from posttrain.recipe.base import ArtifactKind
-from posttrain.recipe.mix import MIXED
+from posttrain.recipe.mix import MIXED, MixShare, MixSource
 from posttrain.recipe.prepare import AGAINST, Decontaminate
+from posttrain.recipe.pretrain import Replay
 from posttrain.store.digests import DigestCache
+
+BASE = "base"
+"""What a stage writes as `model` to start from the recipe's own model."""
 
 
 def build_pipeline(
@@ -65,7 +72,7 @@ def _cheap_mistakes_first(steps: list[Step]) -> tuple[Step, ...]:
     """
     early: set[str] = set()
     for step in steps:
-        if not isinstance(step.config, SftConfig) and step.waits_for() <= early:
+        if not isinstance(step.config, TrainingConfig) and step.waits_for() <= early:
             early.add(step.name)
     first = [step for step in steps if step.name in early]
     return (*first, *(step for step in steps if step.name not in early))
@@ -102,7 +109,7 @@ class _Builder:
         self.current: Input = self.base
         self.last_dataset: str | None = None
         for config in self.recipe.stages:
-            if isinstance(config, SftConfig):
+            if isinstance(config, TrainingConfig):
                 for name in self.recipe.made_of(config.dataset):
                     self._add_preflight(config, name)
 
@@ -113,8 +120,8 @@ class _Builder:
                 self._add_prepare(where, config)
             case MixConfig():
                 self._add_mix(where, config)
-            case SftConfig():
-                self._add_sft(where, config)
+            case TrainingConfig():
+                self._add_training(where, config)
             case MergeConfig():
                 self._add_merge(where, config)
             case EvaluateConfig():
@@ -124,7 +131,7 @@ class _Builder:
 
     # One method a stage kind
 
-    def _add_preflight(self, config: SftConfig, dataset: str) -> None:
+    def _add_preflight(self, config: TrainingConfig, dataset: str) -> None:
         """Check the rows of a training stage against the base, once for equal checks."""
         if dataset not in self.rows:
             return
@@ -213,8 +220,11 @@ class _Builder:
             }
         )
 
-    def _add_sft(self, where: str, config: SftConfig) -> None:
-        dataset = self._prepare(f"{where}.dataset", config.dataset)
+    def _add_training(self, where: str, config: TrainingConfig) -> None:
+        name = config.dataset
+        if isinstance(config, PretrainConfig) and config.replay is not None:
+            name = self._add_replay(where, config.dataset, config.replay)
+        dataset = self._prepare(f"{where}.dataset", name)
         model = self._model(f"{where}.model", config.model)
         if isinstance(model, Output) and model.kind == "adapter":
             fix = "put `- merge: {}` before this stage, or train all weights there"
@@ -224,9 +234,21 @@ class _Builder:
         kind: ArtifactKind = "adapter" if config.adapter else "model"
         config = config.model_copy(update={"dtype": resolve_dtype(config.dtype)})
         inputs = {"model": model, "dataset": dataset}
-        self._leave_model(self._add("sft", config, inputs, kind), config.dataset)
+        self._leave_model(self._add(config.stage, config, inputs, kind), name)
+
+    def _add_replay(self, where: str, dataset: str, replay: Replay) -> str:
+        """Mix general text into a training dataset; returns the name of the mix."""
+        name = f"{dataset}-with-{replay.dataset}".lower()
+        share = MixShare(dataset=replay.dataset, fraction=replay.fraction)
+        mix = MixConfig(name=name, sources=(MixSource(dataset=dataset),), replay=share)
+        if name not in self.prepared:
+            self._add_mix(f"{where}.replay", mix)
+        return name
 
     def _add_merge(self, where: str, config: MergeConfig) -> None:
+        if config.models:
+            self._add_merge_of_several(where, config)
+            return
         model = self._model(f"{where}.model", config.model)
         if not (isinstance(model, Output) and model.kind == "adapter"):
             before = "no stage before it trains an adapter"
@@ -234,9 +256,32 @@ class _Builder:
                 before = f"`{model.step}` leaves all weights"
             self._problem(where, f"there is nothing to merge: {before}", "remove this stage")
             return
-        dataset = self.trained_on[model.step]
-        output = self._add("merge", config, {"model": model, "prompts": self.prepared[dataset]})
-        self._leave_model(output, dataset)
+        ancestry = Ancestry(self.steps)
+        self.problems += folding_problems(where, model, ancestry)
+        config = config.model_copy(update={"quantization": ancestry.quantization(model)})
+        prompts = next(iter(ancestry.learned_from(model).values()))
+        output = self._add("merge", config, {"model": model, "prompts": prompts})
+        self._leave_model(output, self.trained_on[model.step])
+
+    def _add_merge_of_several(self, where: str, config: MergeConfig) -> None:
+        known = len(self.problems)
+        models = {
+            source.model: self._model(f"{where}.models[{position}].model", source.model)
+            for position, source in enumerate(config.models)
+        }
+        ancestry = Ancestry(self.steps)
+        base = ancestry.last_shared(list(models.values()))
+        if config.base is not None:
+            base = self._model(f"{where}.base", config.base)
+        if len(self.problems) == known:
+            self.problems += merge_problems(where, config, models, base, ancestry)
+        if len(self.problems) > known:
+            return
+        inputs = merge_inputs(config, models, base, ancestry)
+        output = self._add("merge", config, inputs, config.into)
+        steps = [model.step for model in models.values() if isinstance(model, Output)]
+        trained = [self.trained_on[step] for step in steps if step in self.trained_on]
+        self._leave_model(output, trained[-1])
 
     def _add_evaluate(self, where: str, config: EvaluateConfig) -> None:
         candidate = self._model(f"{where}.model", config.model)
@@ -331,7 +376,9 @@ class _Builder:
             return self.current
         if name in self.models:
             return self.models[name]
-        known = ", ".join(self.models) or "none so far"
+        if name == BASE:
+            return self.base
+        known = ", ".join([BASE, *self.models])
         self._problem(
             where, f"no stage before this one is `{name}`", f"stages with a model: {known}"
         )

@@ -14,6 +14,7 @@ from posttrain.hardware import allocator_settings, describe
 from posttrain.launch import LocalLauncher, Program
 from posttrain.pipeline import BoundStep
 from posttrain.recipe import TrainingConfig, result_config
+from posttrain.recipe.training import Launch
 from posttrain.stages.program import StageResult
 from posttrain.store import Artifact, Manifest, Store
 from posttrain.store.files import write_json
@@ -140,11 +141,15 @@ def _work(
     work = store.work_folder(step.fingerprint)
     write_json(work / "stage.json", step.job(log_level).model_dump(mode="json"))
     observer.started(step)
+    launch = _launch_of(step)
     try:
         program = Program(
             module=f"posttrain.stages.{step.step.stage}",
             stage_dir=work,
-            num_processes=_num_processes(step),
+            num_processes=launch.num_processes,
+            nodes=launch.nodes,
+            rendezvous=launch.rendezvous,
+            torchrun=launch.distributed,
             env={k: v for k, v in allocator_settings().items() if k not in os.environ},
             keep_fds=(lock,),
             name=step.step.name,
@@ -194,6 +199,6 @@ def _publish(
     return store.publish(work, manifest, replace=force)
 
 
-def _num_processes(step: BoundStep) -> int:
+def _launch_of(step: BoundStep) -> Launch:
     config = step.step.config
-    return config.launch.num_processes if isinstance(config, TrainingConfig) else 1
+    return config.launch if isinstance(config, TrainingConfig) else Launch()

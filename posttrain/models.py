@@ -10,6 +10,7 @@ from posttrain.hardware import ResolvedDType
 from posttrain.stages.program import StageInput
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -35,8 +36,11 @@ def load_tokenizer(model: StageInput) -> PreTrainedTokenizerBase:
 def load_causal_lm(model: StageInput, dtype: ResolvedDType) -> PreTrainedModel:
     """A causal language model; for an adapter, its base with the adapter on top (a PeftModel).
 
+    The base is loaded in `dtype` also where the adapter was trained on its 4-bit form: that form
+    saves memory in training, and what is served, merged or judged is the base itself.
+
     Raises:
-        ModelError: no loadable weights at the path.
+        ModelError: no loadable weights at the path, or an adapter of another base.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -55,9 +59,7 @@ def load_causal_lm(model: StageInput, dtype: ResolvedDType) -> PreTrainedModel:
     if torch.cuda.is_available():
         loaded = loaded.cuda()
     if model.kind == "adapter":
-        from peft import PeftModel
-
-        loaded = PeftModel.from_pretrained(loaded, model.path)
+        loaded = _put_on(loaded, model.path)
     return loaded.eval()
 
 
@@ -69,3 +71,31 @@ def has_chat_template(folder: Path) -> bool:
         return True
     config = folder / "tokenizer_config.json"
     return config.exists() and bool(json.loads(config.read_bytes()).get("chat_template"))
+
+
+def _put_on(base: PreTrainedModel, folder: str) -> PeftModel:
+    """The adapter in a folder, on its base; for use, so nothing of it is trainable.
+
+    Raises:
+        ModelError: it cannot be read, or is of another base.
+    """
+    import warnings
+
+    from peft import PeftModel
+
+    from posttrain.train.bottleneck import register
+
+    register()
+    try:
+        with warnings.catch_warnings():
+            # peft goes on with random numbers where the file has no weights for a layer.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            # Of AdaLoRA it reads the ranks, and says that it does not.
+            warnings.filterwarnings("ignore", message="The following rank_pattern keys")
+            adapted = PeftModel.from_pretrained(base, folder)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, UserWarning) as error:
+        raise ModelError(f"{folder}: cannot be loaded as an adapter of its base: {error}") from error
+    if adapted.active_peft_config.peft_type == "ADALORA":
+        # peft reads it when labels are given, and sets it only to train.
+        adapted.base_model.trainable_adapter_name = adapted.active_adapter
+    return adapted

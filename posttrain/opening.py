@@ -11,7 +11,16 @@ from posttrain.evaluate.python_docs_task import TASKS
 from posttrain.model_reference import ModelReference, resolve_model
 from posttrain.models import has_chat_template
 from posttrain.pipeline import Pipeline, Rows
-from posttrain.recipe import EvaluateConfig, MixConfig, PrepareConfig, Recipe, RowFamily, SftConfig
+from posttrain.recipe import (
+    EvaluateConfig,
+    MixConfig,
+    PrepareConfig,
+    PretrainConfig,
+    Recipe,
+    RowFamily,
+    SftConfig,
+    TrainingConfig,
+)
 from posttrain.recipe.load import load_recipe
 from posttrain.store import Store
 
@@ -80,9 +89,17 @@ def _open_datasets(recipe: Recipe, store: Store, problems: list[Problem]) -> dic
 def _wanted_family(recipe: Recipe, dataset: str) -> RowFamily | None:
     """What the stages that use a dataset need of it."""
     for stage in recipe.stages:
-        if isinstance(stage, SftConfig) and dataset in recipe.made_of(stage.dataset):
-            return "chats"
+        if isinstance(stage, TrainingConfig) and dataset in _rows_of(recipe, stage):
+            return stage.family
     return None
+
+
+def _rows_of(recipe: Recipe, stage: TrainingConfig) -> tuple[str, ...]:
+    """Names under `datasets` of all that a stage trains on."""
+    names = recipe.made_of(stage.dataset)
+    if isinstance(stage, PretrainConfig) and stage.replay is not None:
+        names += recipe.made_of(stage.replay.dataset)
+    return names
 
 
 def _cleaning_problems(recipe: Recipe, dataset: str, family: RowFamily | None) -> list[Problem]:
@@ -126,7 +143,7 @@ def _benchmark_problems(recipe: Recipe) -> list[Problem]:
         for name, spec in recipe.datasets.items()
         if isinstance(spec.source, str) and spec.source.startswith("builtin:python-docs/")
     }
-    trained = [stage.dataset for stage in recipe.stages if isinstance(stage, SftConfig)]
+    trained = [stage.dataset for stage in recipe.stages if isinstance(stage, TrainingConfig)]
     for position, stage in enumerate(recipe.stages):
         if not isinstance(stage, EvaluateConfig):
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +48,28 @@ class MlflowTracker(StageObserver):
 
     # The pipeline's run
 
-    def open(self, tags: Mapping[str, str]) -> None:
-        """Start the parent run."""
-        self._guard(self._open, tags)
+    def open(
+        self, tags: Mapping[str, str], *, name: str | None = None, parent: str | None = None
+    ) -> None:
+        """Start the parent run.
+
+        Args:
+            tags: Without the prefix.
+            name: What the run is called. Default: the recipe's name.
+            parent: Id of the run that this one is nested in, such as a sweep's.
+        """
+        self._guard(self._open, tags, name, parent)
+
+    def annotate(
+        self,
+        *,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        files: Sequence[Path] = (),
+    ) -> None:
+        """Add parameters, tags (without the prefix), numbers and small files to the parent run."""
+        self._guard(self._annotate, params or {}, tags or {}, metrics or {}, files)
 
     def close(self, status: str, table: str) -> None:
         """End the parent run as FINISHED, FAILED or KILLED, with the table of its stages."""
@@ -60,9 +79,10 @@ class MlflowTracker(StageObserver):
         """The nested run of a stage that was executed now."""
         return self._children.get(step)
 
-    def artifacts_page(self, step: str) -> str | None:
-        """Address of the page with a stage's files, where MLflow is a server."""
-        run_id, uri = self._children.get(step), self._home.tracking_uri
+    def artifacts_page(self, step: str | None = None) -> str | None:
+        """Address of the page with a stage's files, or the run's own, where MLflow is a server."""
+        run_id = self._children.get(step) if step else self.run_id
+        uri = self._home.tracking_uri
         if run_id is None or not uri.startswith("http"):
             return None
         return f"{uri.rstrip('/')}/#/experiments/{self._experiment}/runs/{run_id}/artifacts"
@@ -100,7 +120,7 @@ class MlflowTracker(StageObserver):
         except Exception as error:  # MLflow raises whatever its store raises
             log.warning("MLflow: %s: %s", type(error).__name__, str(error).splitlines()[0][:300])
 
-    def _open(self, tags: Mapping[str, str]) -> None:
+    def _open(self, tags: Mapping[str, str], run_name: str | None, parent: str | None) -> None:
         # Read when a run ends: links in the middle of a progress bar help nobody.
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         import mlflow
@@ -120,12 +140,37 @@ class MlflowTracker(StageObserver):
             self._experiment = client.create_experiment(name, location)
         run = client.create_run(
             self._experiment,
-            run_name=self._pipeline.recipe.name,
-            tags={f"{PREFIX}{key}": value for key, value in tags.items()},
+            run_name=run_name or self._pipeline.recipe.name,
+            tags={
+                **{f"{PREFIX}{key}": value for key, value in tags.items()},
+                **({"mlflow.parentRunId": parent} if parent else {}),
+            },
         )
         self.run_id = run.info.run_id
         recipe = self._pipeline.recipe.model_dump(mode="json", exclude_defaults=True)
         client.log_dict(self.run_id, recipe, "recipe.yaml")
+
+    def _annotate(
+        self,
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
+        metrics: Mapping[str, float],
+        files: Sequence[Path],
+    ) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        client, run_id = self._client, self.run_id
+        if client is None or run_id is None:
+            return
+        moment = int(time.time() * 1000)
+        client.log_batch(
+            run_id,
+            metrics=[Metric(key, value, moment, 0) for key, value in metrics.items()],
+            params=[Param(key, value[:6000]) for key, value in params.items()],
+            tags=[RunTag(f"{PREFIX}{key}", value) for key, value in tags.items()],
+        )
+        for file in files:
+            client.log_artifact(run_id, str(file))
 
     def _close(self, status: str, table: str) -> None:
         client, run_id = self._client, self.run_id

@@ -8,11 +8,23 @@ from tasks.merge import merge
 from tasks.mix import mix
 from tasks.preflight import preflight
 from tasks.prepare import prepare
+from tasks.pretrain import pretrain
 from tasks.sft import sft
 
 STAGE_TASKS = {
     task.name: task
-    for task in (convert, preflight, contamination, prepare, mix, sft, merge, evaluate, gate)
+    for task in (
+        convert,
+        preflight,
+        contamination,
+        prepare,
+        mix,
+        pretrain,
+        sft,
+        merge,
+        evaluate,
+        gate,
+    )
 }
 """The task of each kind of stage."""
 

@@ -89,6 +89,9 @@ def mix_datasets(
     with PreparedWriter(output, family) as writer:
         _write_train(config, members, datasets, parts["train"], writer)
         _write_held_out(members, datasets, parts, writer)
+        for side in HELD_OUT:
+            origins = _origins(parts[side], writer.sizes[side])
+            writer.write_origins(side, [members[number].dataset for number in origins])
         lines = _ledger(members, datasets, parts)
         while group := list(itertools.islice(lines, _LEDGER_BATCHES)):
             writer.write_ledger(pa.concat_tables(group))
@@ -188,6 +191,14 @@ def _write_held_out(
                 writer.hold(side, table, part.text[positions])
     for side, places in writer.finish().items():
         _set_places(parts[side], places)
+
+
+def _origins(parts: Sequence[Part], size: int) -> np.ndarray:
+    """Which part each row of a side comes from: int64 of shape (size,)."""
+    origins = np.zeros(size, np.int64)
+    for number, part in enumerate(parts):
+        origins[part.places] = number
+    return origins
 
 
 def _set_places(parts: Sequence[Part], places: np.ndarray) -> None:

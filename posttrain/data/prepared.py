@@ -2,7 +2,8 @@
 
 `dataset.json` holds family and counts; `train.parquet` the rows to train on; `validation.parquet`
 and `test.parquet` the rows kept away from training, ordered by content; `ledger.parquet` one line
-an input row: what became of it and why. `report.html` and `report.json` show it to people.
+an input row: what became of it and why. `report.html` and `report.json` show it to people. A mix
+has `validation-origins.parquet` and `test-origins.parquet` as well: the dataset of each row.
 
 What later stages compute depends on the first four alone. Ledger and report are left out of the
 artifact's digest: another evaluation set that drops no row changes the report but no training.
@@ -142,6 +143,16 @@ class PreparedDataset:
         for batch in read_batches(self.folder / f"{side}.parquet"):
             yield RowBatch(self.family, pa.Table.from_batches([batch]))
 
+    def origins(self, side: Side) -> list[str] | None:
+        """Of a mix: the dataset that each row of a held-out side comes from; None of others."""
+        import pyarrow.parquet as pq
+
+        path = self.folder / f"{side}-origins.parquet"
+        if not path.exists():
+            return None
+        names: list[str] = pq.read_table(path).column("dataset").to_pylist()
+        return names
+
     def ledger(self) -> list[LedgerLine]:
         """What became of every input row, in source order."""
         lines = []
@@ -180,6 +191,14 @@ class PreparedWriter:
         """Keep rows for validation or test; `order` is a number a row to sort by in the end."""
         self._held[side].append((table, order))
         self.sizes[side] += table.num_rows
+
+    def write_origins(self, side: Side, names: Sequence[str]) -> None:
+        """Leave the dataset that each row of a held-out side comes from, in the side's order."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.table({"dataset": pa.array(names, pa.string())})
+        pq.write_table(table, self._folder / f"{side}-origins.parquet", compression="zstd")
 
     def write_ledger(self, table: pa.Table) -> None:
         """Append ledger lines; after `finish`, which says where rows went."""

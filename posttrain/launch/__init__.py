@@ -1,7 +1,9 @@
 """Starting programs, following them, and leaving no process behind.
 
     base.py        what is started, and what anything that starts it must do
-    local.py       starts it on this machine, under torchrun when it has several processes
+    local.py       starts it on this machine
+    torchrun.py    the command and the environment, under torchrun when it has several processes
+    join.py        takes part in a program that another machine started
     reaper.py      the process in between, which outlives a killed parent and cleans up
     outcome.py     what the end of a program means: a result, a failure or an interruption
     leftovers.py   finds a stage's processes when the reaper itself was killed

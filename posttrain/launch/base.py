@@ -21,6 +21,12 @@ class Program:
     """The stage's work directory; see `posttrain.stages.program` for what it holds."""
     num_processes: int = 1
     """Ranks on this machine; torchrun starts them when there is more than one."""
+    nodes: int = 1
+    """Machines, with as many ranks on each."""
+    rendezvous: str | None = None
+    """`HOST:PORT` where several machines meet; needed when there are several."""
+    torchrun: bool = False
+    """Whether torchrun starts even a single rank, which DeepSpeed and FSDP need."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables on top of this process's own."""
     grace_s: float = 30.0
@@ -34,6 +40,11 @@ class Program:
     def stage(self) -> str:
         """The stage's name, for messages."""
         return self.name or self.module.rpartition(".")[2]
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether torchrun stands between the launcher and the program."""
+        return self.torchrun or self.num_processes * self.nodes > 1
 
     @property
     def log(self) -> Path:

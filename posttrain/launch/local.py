@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import subprocess
@@ -11,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.events import Event, EventReader, Failure
+from posttrain.events import Event, EventReader, EventWriter, Failure
 from posttrain.launch.base import Program
 from posttrain.launch.leftovers import kill_leftovers
 from posttrain.launch.outcome import Ending, result_or_error
 from posttrain.launch.reaper import clear_status, read_status
+from posttrain.launch.torchrun import command_of, environment_of, how_to_join
 from posttrain.stages.program import StageResult
 
 _MARGIN_S = 5.0
@@ -24,7 +24,7 @@ _MARGIN_S = 5.0
 
 @dataclass(frozen=True)
 class LocalLauncher:
-    """Runs programs on this machine, under torchrun when they have several processes."""
+    """Runs programs on this machine, as the first of several where a program wants more."""
 
     poll_s: float = 0.2
     """Seconds between two looks at the events."""
@@ -56,10 +56,12 @@ def run_to_end(
     """
     kill_leftovers(program.stage_dir)
     attempt = _begin_attempt(program)
+    if program.nodes > 1:
+        EventWriter(program.stage_dir / "events.jsonl").phase(how_to_join(program))
     # A pair of sockets is a pipe whose ends close themselves on any way out of this block.
     alive, watched = socket.socketpair()
     with alive, watched:
-        reaper = _start_reaper(program, watched.fileno())
+        reaper = start_reaper(program, watched.fileno())
         try:
             errors = _follow(reaper, attempt.events, on_event, poll_s)
         except BaseException:
@@ -96,49 +98,33 @@ def _begin_attempt(program: Program) -> _Attempt:
     return _Attempt(EventReader(events, offset=_size(events)), log_offset=_size(program.log))
 
 
-def _start_reaper(program: Program, alive_fd: int) -> subprocess.Popen[bytes]:
+def start_reaper(
+    program: Program, alive_fd: int, folder: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Start the process that runs the program and cleans up behind it.
+
+    Args:
+        program: What it runs.
+        alive_fd: One end of a pipe; the program is stopped when the other end closes.
+        folder: Where it leaves log and status. Default: the stage's work directory.
+    """
+    folder = folder or program.stage_dir
     command = [sys.executable, "-m", "posttrain.launch.reaper"]
-    command += ["--stage-dir", str(program.stage_dir.resolve())]
+    command += ["--stage-dir", str(folder.resolve())]
     command += ["--alive-fd", str(alive_fd), "--parent-pid", str(os.getpid())]
     command += ["--grace-s", str(program.grace_s)]
-    command += ["--has-ranks"] if program.num_processes > 1 else []
-    with program.log.open("ab") as log:
+    command += ["--has-ranks"] if program.has_ranks else []
+    with (folder / program.log.name).open("ab") as log:
         return subprocess.Popen(
-            [*command, "--", *_command(program)],
+            [*command, "--", *command_of(program)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=_environment(program),
+            env=environment_of(program),
             pass_fds=(alive_fd, *program.keep_fds),
             # Ctrl-C in a terminal reaches the whole group: only this process is to have it.
             start_new_session=True,
         )
-
-
-def _command(program: Program) -> list[str]:
-    target = ["-m", program.module, str(program.stage_dir.resolve())]
-    if program.num_processes == 1:
-        return [sys.executable, *target]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    # Without it ranks look each other up by host name, which a container may not know.
-    torchrun += ["--local-addr", "127.0.0.1"]
-    return [*torchrun, "--nproc-per-node", str(program.num_processes), *target]
-
-
-def _environment(program: Program) -> dict[str, str]:
-    env = dict(os.environ)
-    env["PYTHONUNBUFFERED"] = "1"
-    # Keeps the working directory off sys.path: a user's own `datasets.py` there must not hide
-    # the library.
-    env["PYTHONSAFEPATH"] = "1"
-    if program.num_processes > 1:
-        # torchrun's own choice is one thread a rank, whatever the machine.
-        threads = max(1, len(os.sched_getaffinity(0)) // program.num_processes)
-        env.setdefault("OMP_NUM_THREADS", str(threads))
-        # torchrun's own patience must not end before ours.
-        env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(program.grace_s)))
-    env.update(program.env)
-    return env
 
 
 def _follow(

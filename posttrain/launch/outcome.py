@@ -51,27 +51,46 @@ def result_or_error(program: Program, ending: Ending) -> StageResult:
         StageFailed: with the program's last words, or what exit code and log tell instead.
         StageInterrupted: somebody sent TERM or INT.
     """
+    result = read_result(program.stage_dir)
+    check_ending(program, ending, program.log, done=result is not None)
+    assert result is not None, "check_ending has looked"
+    return result
+
+
+def check_ending(program: Program, ending: Ending, log: Path, *, done: bool) -> None:
+    """Return if the program did its part.
+
+    Args:
+        program: What was run.
+        ending: How it ended.
+        log: Everything it printed.
+        done: Whether it left what it was to leave.
+
+    Raises:
+        StageFailed: with the program's last words, or what exit code and log tell instead.
+        StageInterrupted: somebody sent TERM or INT.
+    """
     code = ending.reaper_returncode if ending.status is None else ending.status.returncode
-    lines = _log_lines(program.log, ending.log_offset)
+    lines = _log_lines(log, ending.log_offset)
     rank = None
-    if program.num_processes > 1 and code != 0:
+    if program.has_ranks and code != 0:
         code, rank, lines = _under_torchrun(code, lines)
 
-    if code == 0 and (result := read_result(program.stage_dir)) is not None:
-        return result
+    if code == 0 and done:
+        return
     if code in _STOPPED or (ending.status is not None and ending.status.stopped):
         raise StageInterrupted(
             f"{program.stage}: stopped from outside; its checkpoints are kept and the next run "
-            f"goes on from them\n  log: {program.log}"
+            f"goes on from them\n  log: {log}"
         )
     if ending.errors:
-        raise StageFailed(program.stage, _first_error(ending.errors).message, program.log)
+        raise StageFailed(program.stage, _first_error(ending.errors).message, log)
     cause = _cause(code)
     if ending.status is None:
         cause = f"the process that watches over the program (posttrain.launch.reaper) {cause}"
     elif rank is not None:
         cause = f"rank {rank} {cause}"
-    raise StageFailed(program.stage, cause + _quoted(lines), program.log)
+    raise StageFailed(program.stage, cause + _quoted(lines), log)
 
 
 def _first_error(errors: tuple[Failure, ...]) -> Failure:

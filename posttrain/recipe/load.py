@@ -157,9 +157,7 @@ def _where(loc: tuple[str | int, ...], lines: _LineIndex | None) -> str:
     for before, part in zip((None, *loc), loc, strict=False):
         if isinstance(part, int):
             text += f"[{part}]"
-        elif before == "adapter" and part in ADAPTERS:
-            continue
-        elif part in ("function-before", "union") or part.startswith(("tuple[", "literal[")):
+        elif (before == "adapter" and part in ADAPTERS) or part in ("function-before", "union") or part.startswith(("tuple[", "literal[")):
             continue
         else:
             text += f".{part}" if text else part

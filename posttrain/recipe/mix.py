@@ -43,6 +43,7 @@ class MixConfig(StageConfig):
 
     produces: ClassVar[ArtifactKind] = "dataset"
     accounts: ClassVar[frozenset[str]] = frozenset({"ledger.parquet", "report.json"})
+    code_version: ClassVar[int] = 2
 
     stage: Literal["mix"] = "mix"
     name: Annotated[

@@ -22,7 +22,8 @@ class Replay(Strict):
 
 class PretrainConfig(TrainingConfig):
     """Goes on with next-token prediction on documents (Gururangan et al., 2020,
-    arXiv:2004.10964: domain- and task-adaptive pretraining). All weights by default."""
+    arXiv:2004.10964: domain- and task-adaptive pretraining). All weights by default.
+    """
 
     family: ClassVar[RowFamily] = "documents"
     # Higher than for SFT: it is still pretraining.

@@ -54,6 +54,12 @@ class Batching(Strict):
     """Lay the rows of a pass end to end instead of padding them to the longest. Computes the same
     in less time: no row sees another one."""
 
+    @model_validator(mode="after")
+    def _blocks_have_no_padding(self) -> Self:
+        if self.packing and not self.padding_free:
+            raise ValueError("`packing` lays rows end to end: remove `padding_free: false`")
+        return self
+
 
 class Validation(Strict):
     """Watching the held-out loss, and stopping when it no longer falls."""
@@ -193,6 +199,15 @@ class TrainingConfig(StageConfig):
             raise ValueError(
                 "`quantization` freezes the weights, and without an adapter nothing is left to "
                 "train: write `adapter: {type: lora}`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_are_learned_by_row(self) -> Self:
+        if self.batching.packing and self.adapter is not None and self.adapter.prompt_learning:
+            raise ValueError(
+                "virtual tokens stand before each row, so rows cannot be packed: write "
+                "`batching: {packing: false}`"
             )
         return self
 

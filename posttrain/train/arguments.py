@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from posttrain.errors import Problem, RecipeError
 from posttrain.hardware import ResolvedDType
-from posttrain.recipe.sft import SftConfig
+from posttrain.recipe.training import TrainingConfig
+from posttrain.train.sharding import sharding_arguments
 
 if TYPE_CHECKING:
     from trl import SFTConfig as TrlSftConfig
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
 HAS_RECIPE_KEY = {
     "bf16": "dtype",
     "data_seed": "seed",
+    "deepspeed": "launch.sharding",
     "eval_delay": "validation.every_steps",
     "eval_steps": "validation.every_steps",
     "eval_strategy": "validation.every_steps",
     "fp16": "dtype",
+    "fsdp": "launch.sharding",
+    "fsdp_config": "launch.sharding",
     "gradient_accumulation_steps": "batching.micro_batch_size",
     "learning_rate": "optimization.learning_rate",
     "logging_steps": "launch.log_every_steps",
@@ -32,6 +36,9 @@ HAS_RECIPE_KEY = {
     "max_length": "batching.max_length",
     "max_steps": "max_steps",
     "num_train_epochs": "epochs",
+    "neftune_noise_alpha": "optimization.neftune_alpha",
+    "packing": "batching.packing",
+    "padding_free": "batching.padding_free",
     "per_device_eval_batch_size": "batching.micro_batch_size",
     "per_device_train_batch_size": "batching.micro_batch_size",
     "save_steps": "validation.every_steps",
@@ -58,7 +65,7 @@ MANAGED = {
     "do_eval": "held-out loss is always measured",
     "eos_token": "rows are tokenized and labelled before TRL sees them",
     "eval_on_start": "the loss before training is always measured",
-    "eval_packing": "rows are tokenized and labelled before TRL sees them",
+    "eval_packing": "the held-out loss is known for each row",
     "greater_is_better": "the best checkpoint has the lowest held-out loss",
     "hub_model_id": "artifacts go to the store",
     "ignore_data_skip": "a resumed run must see the rows that an uninterrupted one would",
@@ -70,10 +77,8 @@ MANAGED = {
     "metric_for_best_model": "the best checkpoint has the lowest held-out loss",
     "model_init_kwargs": "the model is loaded before TRL sees it",
     "output_dir": "checkpoints go to the work directory",
-    "packing": "rows are tokenized and labelled before TRL sees them",
-    "packing_strategy": "rows are tokenized and labelled before TRL sees them",
+    "packing_strategy": "rows are packed before TRL sees them",
     "pad_token": "the padding token belongs to the tokenizer",
-    "padding_free": "rows are tokenized and labelled before TRL sees them",
     "push_to_hub": "artifacts go to the store",
     "remove_unused_columns": "rows hold nothing but what is trained on",
     "report_to": "tracking is done outside of the training process",
@@ -137,11 +142,21 @@ def check_extra_args(names: Iterable[str], where: str = "extra_args") -> list[Pr
     return problems
 
 
-def plan_schedule(config: SftConfig, rows: int, world_size: int) -> Schedule:
-    """Steps, evaluations and gradient accumulation for a number of training rows."""
+def plan_schedule(
+    config: TrainingConfig, entries: int, world_size: int, micro_batch_size: int | None = None
+) -> Schedule:
+    """Steps, evaluations and gradient accumulation.
+
+    Args:
+        config: The stage.
+        entries: Rows, or with packing blocks, to train on.
+        world_size: Processes.
+        micro_batch_size: Instead of the stage's own, where that needs too much memory.
+    """
     batch_size = config.batching.batch_size
-    micro, per_process = config.micro_batch_size, batch_size // world_size
-    steps = config.max_steps or math.ceil(config.epochs * math.ceil(rows / batch_size))
+    micro = micro_batch_size or config.micro_batch_size
+    per_process = batch_size // world_size
+    steps = config.max_steps or math.ceil(config.epochs * math.ceil(entries / batch_size))
     return Schedule(
         steps=steps,
         evaluate_every=min(config.validation.every_steps or max(1, steps // 10), steps),
@@ -151,8 +166,12 @@ def plan_schedule(config: SftConfig, rows: int, world_size: int) -> Schedule:
     )
 
 
-def sft_arguments(
-    config: SftConfig, schedule: Schedule, checkpoints: Path, dtype: ResolvedDType, resumed: bool
+def training_arguments(
+    config: TrainingConfig,
+    schedule: Schedule,
+    checkpoints: Path,
+    dtype: ResolvedDType,
+    resumed: bool,
 ) -> TrlSftConfig:
     """TRL's arguments for a stage; `extra_args` are added last and can replace nothing of ours.
 
@@ -171,11 +190,14 @@ def sft_arguments(
         **_evaluating_and_saving(config, schedule, resumed),
         **_quiet(),
         "output_dir": str(checkpoints),
-        "max_length": config.batching.max_length,
+        # Rows come in their final length.
+        "max_length": None,
+        "padding_free": config.padding_free,
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         "use_cpu": not cuda,
+        **sharding_arguments(config),
     }
     if schedule.world_size > 1:
         ours["ddp_backend"] = "nccl" if cuda else "gloo"
@@ -189,7 +211,7 @@ def sft_arguments(
         raise RecipeError([Problem("extra_args", f"trl.SFTConfig refuses: {error}")]) from error
 
 
-def _learning(config: SftConfig, schedule: Schedule) -> dict[str, object]:
+def _learning(config: TrainingConfig, schedule: Schedule) -> dict[str, object]:
     optimization = config.optimization
     return {
         "seed": config.seed,
@@ -203,11 +225,12 @@ def _learning(config: SftConfig, schedule: Schedule) -> dict[str, object]:
         "warmup_steps": math.ceil(optimization.warmup * schedule.steps),
         "weight_decay": optimization.weight_decay,
         "max_grad_norm": optimization.max_grad_norm,
+        "neftune_noise_alpha": optimization.neftune_alpha,
     }
 
 
 def _evaluating_and_saving(
-    config: SftConfig, schedule: Schedule, resumed: bool
+    config: TrainingConfig, schedule: Schedule, resumed: bool
 ) -> dict[str, object]:
     return {
         "eval_strategy": "steps",

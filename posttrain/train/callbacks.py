@@ -9,12 +9,14 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -32,17 +34,52 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 def training_callbacks(
-    validation: Validation, report: ReportProgress, events: EventWriter
+    validation: Validation,
+    report: ReportProgress,
+    events: EventWriter,
+    describe_rows: Callable[[int], str],
 ) -> list[TrainerCallback]:
-    """All callbacks of a training stage, in the order in which they must run."""
-    callbacks = [RefuseNonFinite(), report, CompleteCheckpoints(), StopOnSignal(events)]
+    """All callbacks of a training stage, in the order in which they must run.
+
+    Args:
+        validation: When to stop early.
+        report: Progress.
+        events: Told of a stop.
+        describe_rows: Names the rows that an optimizer step read, for an error.
+    """
+    callbacks = [
+        RefuseDivergence(describe_rows),
+        report,
+        CompleteCheckpoints(),
+        StopOnSignal(events),
+    ]
     if validation.patience is not None:
         callbacks.append(EarlyStoppingCallback(validation.patience, validation.min_delta))
     return callbacks
 
 
-class RefuseNonFinite(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Ends the run at the first loss or gradient that is not a number, before it is saved."""
+class RefuseDivergence(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Ends the run when its loss is not a number or has exploded, before it is saved."""
+
+    _PATIENCE = 3
+    """Steps in a row with a loss worse than guessing: one alone may be an odd batch."""
+
+    def __init__(self, describe_rows: Callable[[int], str]) -> None:
+        self._describe_rows = describe_rows
+        self._guessing = math.inf
+        self._worse = 0
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **_: object,
+    ) -> None:
+        """Learn the loss of a model that knows nothing: ln(vocabulary), in nats a token."""
+        if model is not None:
+            self._guessing = math.log(model.config.get_text_config().vocab_size)
 
     def on_log(
         self,
@@ -53,14 +90,31 @@ class RefuseNonFinite(TrainerCallback):  # type: ignore[misc]  # transformers is
         **_: object,
     ) -> None:
         """Look at the numbers of the step."""
+        logs = logs or {}
         for name in ("loss", "eval_loss", "grad_norm"):
-            value = (logs or {}).get(name, 0.0)
+            value = logs.get(name, 0.0)
             # In float16 the loss scaler meets infinite gradients on purpose and skips the step.
             if not math.isfinite(value) and not (name == "grad_norm" and args.fp16):
                 raise ModelError(
-                    f"{name} is {value} at step {state.global_step}; lower "
+                    f"{name} is {value} at step {state.global_step}{self._rows(state)}; lower "
                     "`optimization.learning_rate`, or train in float32 (`dtype: float32`)"
                 )
+        if "eval_loss" in logs and state.global_step == 0:
+            # A model that is worse than guessing to begin with may stay so for a while.
+            self._guessing = max(self._guessing, logs["eval_loss"])
+        if "loss" in logs:
+            self._worse = self._worse + 1 if logs["loss"] > self._guessing + 1 else 0
+        if self._worse >= self._PATIENCE:
+            raise ModelError(
+                f"the loss exploded: {logs['loss']:.1f} at step {state.global_step}, "
+                f"{self._PATIENCE} steps in a row worse than guessing ({self._guessing:.1f})"
+                f"{self._rows(state)}; lower `optimization.learning_rate` or raise "
+                "`optimization.warmup`"
+            )
+
+    def _rows(self, state: TrainerState) -> str:
+        read = self._describe_rows(state.global_step) if state.global_step else ""
+        return f" (rows of the batch: {read})" if read else ""
 
 
 class ReportProgress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -99,7 +153,8 @@ class ReportProgress(TrainerCallback):  # type: ignore[misc]  # transformers is 
         if not state.is_world_process_zero:
             return
         if "eval_loss" in logs:
-            self._events.values(state.global_step, {"eval_loss": logs["eval_loss"]})
+            losses = {key: logs[key] for key in logs if key.startswith("eval_loss")}
+            self._events.values(state.global_step, losses)
         elif "loss" in logs and (
             state.global_step % self._every == 0 or state.global_step == state.max_steps
         ):

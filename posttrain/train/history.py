@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,14 @@ class HeldOut:
     step: int
     loss: float
     """Nats a trained token, over all held-out rows used."""
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    """The same for each dataset of a mix, by its name."""
+
+
+def task_losses(entry: Mapping[str, float]) -> dict[str, float]:
+    """The held-out losses by task among the numbers of an evaluation."""
+    begin = "eval_loss/"
+    return {key.removeprefix(begin): entry[key] for key in entry if key.startswith(begin)}
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,11 @@ class History:
             for entry in log
             if "loss" in entry
         ]
-        held_out = [HeldOut(int(e["step"]), e["eval_loss"]) for e in log if "eval_loss" in e]
+        held_out = [
+            HeldOut(int(entry["step"]), entry["eval_loss"], task_losses(entry))
+            for entry in log
+            if "eval_loss" in entry
+        ]
         return cls(tuple(steps), tuple(held_out))
 
     @property

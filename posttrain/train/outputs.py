@@ -6,6 +6,7 @@ same thing: no paths, no dates, no unordered sets.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from posttrain.store.files import write_json
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TRANSIENT = {
@@ -27,25 +28,70 @@ _TRANSIENT = {
 }
 """Keys that say where or how a model was loaded, which is no property of the model."""
 
-_UNORDERED = ("target_modules", "modules_to_save")
+_UNORDERED = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
 """Keys of an adapter's config that peft keeps as sets."""
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Complete weights as safetensors, with tokenizer, chat template and generation config."""
-    model.save_pretrained(folder)
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Complete weights as safetensors, with tokenizer, chat template and generation config.
+
+    `weights` are those of a model that is divided over processes; by default its own.
+    """
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     _make_reproducible(folder)
 
 
 def save_adapter(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base_digest: str
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    base_digest: str,
+    writes: bool = True,
 ) -> None:
-    """The adapter alone. Its config names the base by content digest, not by path."""
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = base_digest
-    # `False` keeps peft from asking the Hub whether the base's vocabulary has grown.
-    model.save_pretrained(folder, save_embedding_layers=False)
+    """The adapter alone, for the base as it was before training.
+
+    Its config names the base by content digest, not by path. An adapter that started as the
+    largest directions of the weights (PiSSA) is written as a LoRA adapter of twice the rank that
+    adds what training changed. Of AdaLoRA the ranks that are left are written.
+
+    Args:
+        model: As `adapters.add_adapter` made it, in memory.
+        tokenizer: Written beside it, chat template included.
+        folder: Where to write.
+        base_digest: Digest of the base's content.
+        writes: Whether this process writes. Under ZeRO-3 every process has to call, since each
+            has a part of the weights.
+    """
+    from peft import get_peft_model_state_dict
+    from peft.utils.integrations import gather_params_ctx
+    from safetensors.torch import save_file
+
+    # Only what was trained is gathered: peft takes a prompt from its module and not from a state
+    # dict, and with a state dict the whole base would have to pass through one process.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with gather_params_ctx(trained, modifier_rank=None):
+        # `False` keeps peft from asking the Hub whether the base's vocabulary has grown.
+        weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+        weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    if not writes:
+        return
+    config = copy.copy(model.active_peft_config)
+    initial = vars(model).get("initial_lora")
+    if initial is not None:
+        weights, config = _without_start(weights, initial, config)
+    config.inference_mode = True
+    config.base_model_name_or_path = base_digest
+    if getattr(config, "tokenizer_name_or_path", None) is not None:
+        config.tokenizer_name_or_path = base_digest
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _make_reproducible(folder)
 
@@ -120,6 +166,34 @@ def check_reload(
             f"the saved model is not the one in memory: logits differ by {difference:.2g} "
             f"(bound {bound:g})"
         )
+
+
+def _without_start(
+    weights: dict[str, torch.Tensor], initial: dict[str, torch.Tensor], config: LoraConfig
+) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """A LoRA adapter's weights and config less what the adapter started from.
+
+    With W = R + s B0 A0 the base, R what training left of it in the model, and s the scale, the
+    model computes R + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0] (Meng et al., 2024,
+    arXiv:2404.02948, appendix C). peft can do that from a second adapter on disk, but not with
+    DoRA, whose magnitudes it leaves out.
+    """
+    import torch
+
+    starts = {
+        name.replace(".default.", "."): start.float().cpu() for name, start in initial.items()
+    }
+    joined = dict(weights)
+    for name, start in starts.items():
+        now = weights[name].float()
+        rows = ".lora_A." in name
+        joined[name] = torch.cat([now, start if rows else -start], dim=0 if rows else 1)
+    plain = copy.copy(config)
+    plain.init_lora_weights = True
+    plain.r = 2 * config.r
+    # The scale must stay alpha/r, or alpha/sqrt(r) with rsLoRA.
+    plain.lora_alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)
+    return joined, plain
 
 
 def _make_reproducible(folder: Path) -> None:

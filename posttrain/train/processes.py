@@ -18,8 +18,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def prepare_libraries() -> None:
-    """Keep the libraries quiet and DeepSpeed out; call it before the first model is loaded."""
+def prepare_libraries(*, deepspeed: bool = False) -> None:
+    """Keep the libraries quiet; call it before the first model is loaded.
+
+    Args:
+        deepspeed: Whether DeepSpeed divides the training state; else it is kept out.
+    """
     import accelerate.utils.other
     import datasets
     from transformers.utils import logging
@@ -31,8 +35,9 @@ def prepare_libraries() -> None:
     libraries = r"(accelerate|datasets|peft|torch|transformers|trl)\."
     for category in (FutureWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=libraries)
-    # accelerate imports it, in 3 to 5 seconds, only to ask whether a model is one of its engines.
-    accelerate.utils.other.is_deepspeed_available = lambda: False
+    if not deepspeed:
+        # accelerate imports it, in 3 to 5 seconds, only to ask whether a model is its engine.
+        accelerate.utils.other.is_deepspeed_available = lambda: False
 
 
 def wait_for_all() -> None:

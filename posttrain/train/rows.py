@@ -6,8 +6,9 @@ The account is `rows.parquet`, one line a row of the dataset's training side, in
     verdict   trained, not read, left out; see `RowVerdict`
     tokens    tokens of its sequence
     cut       tokens left out to stay within the longest sequence
-    position  its place in the table that the trainer reads, from 0; null for a row left out
-    passes    how often it was read on the way to the saved weights; null where that is not known
+    position  the first entry of the trainer's table that holds it, from 0; null for a row left out
+    passes    how often all of it was read on the way to the saved weights; null where that is not
+              known
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import numpy as np
 
 from posttrain.data.rows import Chat, Document, Row, family_of
 from posttrain.errors import DataError, ModelError
-from posttrain.train.tokenize import IGNORED, Encoded, encode_chat, encode_document
+from posttrain.train.tables import TrainingTable
+from posttrain.train.tokenize import Encoded, encode_chat, encode_document
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from torch.utils.data import DataLoader
     from transformers import PreTrainedTokenizerBase
 
@@ -58,7 +59,7 @@ class Encodings:
 
     @property
     def truncated(self) -> int:
-        """Rows that were cut to the longest sequence."""
+        """Chats that were cut to the longest sequence."""
         return sum(row.cut > 0 for row in self.rows)
 
     @property
@@ -78,6 +79,8 @@ def encode_rows(
 ) -> Encodings:
     """Tokenize chats or documents, and set aside those that would train nothing.
 
+    Chats are cut to `max_length`; documents are not, they go on in a sequence of their own.
+
     Raises:
         DataError: a row is neither.
         ModelError: the chat template cannot write a chat; the message says where the chat is.
@@ -85,59 +88,36 @@ def encode_rows(
     return Encodings([_encode_row(tokenizer, row, max_length) for row in rows])
 
 
-def to_table(rows: Sequence[Encoded], multiple_of: int, filler_id: int) -> Dataset:
-    """Columns `input_ids` and `labels`, filled up with empty rows to a multiple of `multiple_of`.
-
-    An empty row is one token without a label: it adds nothing to loss or gradient. Without it the
-    last batch of an epoch would be filled with repeated rows, as many as there are processes, and
-    what is learned would depend on their number.
-    """
-    from datasets import Dataset
-
-    missing = -len(rows) % multiple_of
-    filled = [*rows, *[Encoded([filler_id], [IGNORED])] * missing]
-    return Dataset.from_dict(
-        {
-            "input_ids": [row.input_ids for row in filled],
-            "labels": [row.labels for row in filled],
-        }
-    )
-
-
 def count_passes(
     loader: DataLoader[Any],
-    rows: Sequence[Encoded],
+    table: TrainingTable,
     batch_size: int,
     steps: Sequence[Step],
     last: int,
 ) -> np.ndarray | None:
-    """How often each row was read in the first `last` optimizer steps.
+    """How often each entry was read in the first `last` optimizer steps.
 
-    A step reads the next `batch_size` rows of the epoch's order, over all processes. The order
+    A step reads the next `batch_size` entries of the epoch's order, over all processes. The order
     depends on seed and epoch alone, so a resumed run has the one of an uninterrupted run. It is
-    not taken on trust: the rows it gives for each step must have as many tokens, and as many
+    not taken on trust: the entries it gives for each step must have as many tokens, and as many
     trained ones, as the step counted in the batches that it really read.
 
     Args:
         loader: The trainer's, of the training rows.
-        rows: The table's rows, without those that fill it up.
-        batch_size: Rows an optimizer step.
+        table: What it reads.
+        batch_size: Entries an optimizer step.
         steps: Every optimizer step of the run, from the first.
         last: The step whose weights were kept.
 
     Returns:
-        int64 of shape (rows,), or None where the order cannot be known.
+        int64 of shape (entries,), or None where the order cannot be known.
     """
-    size = len(rows) + -len(rows) % batch_size
-    tokens = np.ones((2, size), np.int64)  # a row that fills up is one token, not trained on
-    tokens[1, len(rows) :] = 0
-    tokens[0, : len(rows)] = [len(row.input_ids) for row in rows]
-    tokens[1, : len(rows)] = [row.trainable for row in rows]
+    size, tokens = len(table), np.stack([table.tokens, table.trained])
     counted = np.array([(step.tokens, step.trained_tokens) for step in steps], np.int64)
     passes = np.zeros(size, np.int64)
     batches = size // batch_size
     for epoch in range(-(-len(steps) // batches)):
-        order = _order(loader, epoch)
+        order = epoch_order(loader, epoch)
         if order is None or not np.array_equal(np.sort(order), np.arange(size)):
             return None
         first = epoch * batches
@@ -146,11 +126,27 @@ def count_passes(
         if not np.array_equal(sums[: len(here)], here):
             return None
         passes[order[: max(0, last - first) * batch_size]] += 1
-    return passes[: len(rows)]
+    return passes
+
+
+def rows_of_step(
+    loader: DataLoader[Any], table: TrainingTable, batch_size: int, step: int
+) -> list[int]:
+    """Positions of the rows that optimizer step `step` (from 1) read; empty where not known."""
+    epoch, batch = divmod(step - 1, len(table) // batch_size)
+    order = epoch_order(loader, epoch)
+    if order is None:
+        return []
+    entries = order[batch * batch_size : (batch + 1) * batch_size]
+    return sorted({row for entry in entries for row in table.rows[entry]})
 
 
 def write_row_account(
-    path: Path, rows: Sequence[Row], encodings: Encodings, passes: np.ndarray | None
+    path: Path,
+    rows: Sequence[Row],
+    encodings: Encodings,
+    table: TrainingTable,
+    passes: np.ndarray | None,
 ) -> None:
     """Leave the account of the training rows; its columns stand at the head of this module.
 
@@ -158,31 +154,37 @@ def write_row_account(
         path: File to write.
         rows: The training side of the dataset, all of it.
         encodings: The same rows as sequences.
+        table: What the trainer read.
         passes: From `count_passes`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    trains = np.array([row.trainable > 0 for row in encodings.every], bool)
-    position = np.cumsum(trains) - 1
-    read = np.zeros(len(trains), np.int64)
-    read[trains] = 1 if passes is None else passes
-    verdict = np.where(trains, np.where(read > 0, "trained", "not read"), "left out")
-    table = pa.table(
-        {
-            "id": pa.array([row.id for row in rows], pa.string()),
-            "verdict": pa.array(verdict.astype(object), pa.string()),
-            "tokens": pa.array([len(row.input_ids) for row in encodings.every], pa.int64()),
-            "cut": pa.array([row.cut for row in encodings.every], pa.int64()),
-            "position": pa.array(position, pa.int64(), mask=~trains),
-            "passes": pa.array(read, pa.int64(), mask=trains if passes is None else None),
-        }
-    )
-    pq.write_table(table, path, compression="zstd", version="2.6")
+    count = len(rows)
+    position = np.full(count, len(table), np.int64)
+    fewest, most = np.full(count, np.iinfo(np.int64).max), np.zeros(count, np.int64)
+    read = np.ones(len(table), np.int64) if passes is None else passes
+    for entry, members in enumerate(table.rows):
+        for row in members:
+            position[row] = min(position[row], entry)
+            fewest[row], most[row] = min(fewest[row], read[entry]), max(most[row], read[entry])
+    trains = position < len(table)
+    verdict = np.where(trains, np.where(most > 0, "trained", "not read"), "left out")
+    columns = {
+        "id": pa.array([row.id for row in rows], pa.string()),
+        "verdict": pa.array(verdict.astype(object), pa.string()),
+        "tokens": pa.array([len(row.input_ids) for row in encodings.every], pa.int64()),
+        "cut": pa.array([row.cut for row in encodings.every], pa.int64()),
+        "position": pa.array(position, pa.int64(), mask=~trains),
+        "passes": pa.array(
+            np.where(trains, fewest, 0), pa.int64(), mask=trains if passes is None else None
+        ),
+    }
+    pq.write_table(pa.table(columns), path, compression="zstd", version="2.6")
 
 
-def _order(loader: DataLoader[Any], epoch: int) -> np.ndarray | None:
-    """Positions in the order of an epoch; None from a sampler that needs more than the epoch."""
+def epoch_order(loader: DataLoader[Any], epoch: int) -> np.ndarray | None:
+    """Entries in the order of an epoch; None from a sampler that needs more than the epoch."""
     from accelerate.data_loader import SeedableRandomSampler, get_sampler
 
     sampler = get_sampler(loader)
@@ -195,7 +197,7 @@ def _order(loader: DataLoader[Any], epoch: int) -> np.ndarray | None:
 def _encode_row(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Encoded:
     match row:
         case Document():
-            return encode_document(tokenizer, row.text, max_length)
+            return encode_document(tokenizer, row.text)
         case Chat():
             try:
                 return encode_chat(tokenizer, row.messages, max_length)

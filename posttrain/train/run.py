@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from posttrain.recipe.base import RowFamily
 from posttrain.stages.program import StageResult
 from posttrain.store.files import write_json
+from posttrain.train.adapters import Trainable
 from posttrain.train.checkpoints import is_last
 from posttrain.train.history import History
-from posttrain.train.lora import Trainable
+from posttrain.train.sharding import divide_untrained
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -32,6 +35,7 @@ def run_to_end(trainer: Trainer, checkpoint: Path | None) -> History:
         from transformers import TrainerState
 
         trainer.state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        divide_untrained(trainer)
         trainer.restore_best()
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint))
@@ -51,16 +55,23 @@ def write_training_record(history: History, trainable: Trainable, folder: Path) 
 
 
 def training_result(
-    history: History, trainable: Trainable, tokens_per_second: float
+    history: History, trainable: Trainable, tokens_per_second: float, family: RowFamily
 ) -> StageResult:
-    """Metrics and headline of a training stage."""
+    """Metrics and headline of a training stage: for documents in perplexity, else in nats."""
     best, steps = history.best, len(history.steps)
+    before, after = history.before, best.loss
+    gain = f"held-out loss {before:.2f} -> {after:.2f}"
+    if family == "documents":
+        gain = f"held-out perplexity {_perplexity(before):.4g} -> {_perplexity(after):.4g}"
+    first = history.held_out[0].tasks
+    by_task = {f"held_out_loss_before/{task}": loss for task, loss in first.items()}
+    by_task |= {f"held_out_loss/{task}": loss for task, loss in best.tasks.items()}
     return StageResult(
-        headline=(
-            f"held-out loss {history.before:.2f} -> {best.loss:.2f} in {steps} steps "
-            f"({_short(history.tokens)} tokens)"
-        ),
+        headline=f"{gain} in {steps} steps ({_short(history.tokens)} tokens)",
         metrics={
+            **by_task,
+            "held_out_perplexity_before": _perplexity(before),
+            "held_out_perplexity": _perplexity(after),
             "train_loss": history.train_loss,
             "held_out_loss_before": history.before,
             "held_out_loss": best.loss,
@@ -73,6 +84,11 @@ def training_result(
             "trainable_share": trainable.share,
         },
     )
+
+
+def _perplexity(loss: float) -> float:
+    """exp(loss), for a loss in nats a token; of a hopeless model it is cut to a finite number."""
+    return math.exp(min(loss, 700.0))
 
 
 def _short(count: int) -> str:

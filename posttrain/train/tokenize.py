@@ -90,7 +90,9 @@ def encode_chat(
     return _truncate([token.id for token in tokens], trained, max_length, tokenizer.bos_token_id)
 
 
-def encode_document(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> Encoded:
+def encode_document(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None = None
+) -> Encoded:
     """A document and the end-of-sequence token, all of it trained on; cut from the right."""
     ids: list[int] = tokenizer(text)["input_ids"]
     end = tokenizer.eos_token_id

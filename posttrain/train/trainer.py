@@ -6,6 +6,7 @@ Importing this module imports TRL and torch: do it inside functions.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,24 @@ from transformers import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from posttrain.train.adapters import keep_dtypes
+from posttrain.train.held_out import HeldOut
 from posttrain.train.tokenize import IGNORED
 
 
 class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
-    """Supervised trainer on rows that are already tokenized.
+    """Next-token prediction on rows that are already tokenized.
 
     Transformers averages the held-out loss over batches, so that it changes with their size and
-    with the number of processes. Here it is nats per trained token over all rows.
+    with the number of processes. Here it is nats per trained token over all rows, in all and by
+    task, and kept by row.
     """
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
+    def __init__(self, *, held_out: HeldOut, **arguments: Any) -> None:
+        with keep_dtypes(arguments["model"]):
+            super().__init__(eval_dataset=held_out.table.dataset, **arguments)
         self.remove_callback(PrinterCallback)  # progress goes to events.jsonl
+        self._held_out = held_out
         self._step_tokens = 0
         self._step_trained_tokens = 0
 
@@ -39,21 +45,24 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Total negative log-likelihood of the labelled tokens over their number."""
+        """Negative log-likelihood of the labelled tokens over their number; rows are kept apart."""
         del description, prediction_loss_only, ignore_keys  # the signature is transformers'
         model = self._wrap_model(self.model, training=False)
         model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
-        for batch in dataloader:
+        likelihoods = torch.zeros(len(self._held_out.table), dtype=torch.float64)
+        width, own = self.args.per_device_eval_batch_size, self.accelerator.process_index
+        for number, batch in enumerate(dataloader):
             inputs = self._prepare_inputs(batch)
-            tokens = _predicted(inputs["labels"])
             with torch.no_grad(), self.compute_loss_context_manager():
-                mean = self.compute_loss(model, inputs)
-            sums += torch.tensor([float(mean) * tokens, tokens], dtype=torch.float64)
-        total, count = self._sum_over_processes(sums)
+                out = model(**inputs, use_cache=False, fused_lm_head=True)
+            first = (number * self.accelerator.num_processes + own) * width
+            likelihoods[first : first + width] = -_by_sequence(out.log_probs, inputs).cpu()
+        summed = np.array(self._sum_over_processes(likelihoods))
+        if self.is_world_process_zero():
+            self._held_out.keep(summed, Path(self.args.output_dir), self.state.global_step)
+        losses = self._held_out.losses(summed, metric_key_prefix)
         none = np.empty(0)
-        loss = {f"{metric_key_prefix}_loss": total / count}
-        return EvalLoopOutput(none, none, loss, num_samples=self.num_examples(dataloader))
+        return EvalLoopOutput(none, none, losses, num_samples=self.num_examples(dataloader))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -61,7 +70,7 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         """Fetch the micro-batches of an optimizer step and count their tokens."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [
-            sum(int(batch["attention_mask"].sum()) for batch in samples),
+            sum(_tokens(batch) for batch in samples),
             sum(_predicted(batch["labels"]) for batch in samples),
         ]
         total, trained = self._sum_over_processes(torch.tensor(counts, dtype=torch.float64))
@@ -75,6 +84,16 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
             logs["trained_tokens"] = self._step_trained_tokens
         super().log(logs, start_time)
 
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        """Save a checkpoint, whose folder is there before transformers looks for the best one.
+
+        Under FSDP it would be made too late: the best checkpoint would be the one before, and not
+        the same one on every process.
+        """
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        folder.mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(model, trial)
+
     def create_model_card(self, *_args: object, **_kwargs: object) -> None:
         """None: a card is written from the manifest, not by the trainer."""
 
@@ -87,6 +106,31 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         summed = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
         numbers: list[float] = summed.tolist()
         return numbers
+
+
+def _by_sequence(log_probs: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    """Sums over sequences of what is zero at every position that is not trained on.
+
+    Args:
+        log_probs: Of shape [rows, length - 1]: of the token after each position.
+        inputs: With `cu_seq_lens_q` where the rows lie end to end.
+
+    Returns:
+        float64 of shape [rows].
+    """
+    log_probs = log_probs.double()
+    bounds = inputs.get("cu_seq_lens_q")
+    if bounds is None:
+        return log_probs.sum(1)
+    # A row's first token is never predicted: the position before it, in another row, is zero.
+    flat = torch.nn.functional.pad(log_probs[0], (1, 0))
+    return torch.stack([part.sum() for part in flat.split(bounds.diff().tolist())])
+
+
+def _tokens(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens that are no padding; a batch without a mask has none."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def _predicted(labels: torch.Tensor) -> int:

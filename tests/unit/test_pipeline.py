@@ -72,6 +72,38 @@ def test_a_stage_may_start_from_a_named_one(open_recipe: Any) -> None:
     assert pipeline.step("third").inputs["model"] == pipeline.step("sft").output
 
 
+def test_stages_may_start_from_the_base_side_by_side(open_recipe: Any) -> None:
+    pipeline = open_recipe(
+        {"sft": {"dataset": "chats", "name": "one", "model": "base"}},
+        {"sft": {"dataset": "chats", "name": "two", "model": "base", "seed": 1}},
+    )
+    assert pipeline.step("one").inputs["model"] == pipeline.step("two").inputs["model"]
+
+
+def test_documents_are_read_before_chats_with_general_text_among_them(
+    open_recipe: Any, tmp_path: Path
+) -> None:
+    for name in ("manuals", "general"):
+        lines = [{"text": f"{name} {number}"} for number in range(30)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    (tmp_path / "chats.jsonl").write_text((json.dumps(CHAT) + "\n") * 2)
+    names = ("manuals", "general", "chats")
+    pipeline = open_recipe(
+        {"pretrain": {"dataset": "manuals", "replay": {"dataset": "general", "fraction": 0.2}}},
+        {"sft": {"dataset": "chats"}},
+        datasets={name: {"source": str(tmp_path / f"{name}.jsonl")} for name in names},
+    )
+    pretrain = pipeline.step("pretrain")
+    assert pretrain.inputs["dataset"] == pipeline.step("manuals-with-general").output
+    assert pretrain.kind == "model", "all weights, unless an adapter is asked for"
+    assert pipeline.step("sft").inputs["model"] == pretrain.output
+
+
+def test_chats_are_no_documents(open_recipe: Any) -> None:
+    with pytest.raises(RecipeError, match="documents"):
+        open_recipe({"pretrain": {"dataset": "chats"}})
+
+
 @pytest.fixture
 def two_chats(tmp_path: Path) -> dict[str, Any]:
     """Datasets `chats` and `more` of 20 conversations each."""
@@ -185,7 +217,7 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "an unknown stage": (
         [SFT, {"merge": {"model": "stf"}}],
         "stages[1].merge.model: no stage before this one is `stf`\n"
-        "    stages with a model: sft",
+        "    stages with a model: base, sft",
     ),
     "preparing twice": (
         [{"prepare": {"dataset": "chats"}}, {"prepare": {"dataset": "chats"}}],

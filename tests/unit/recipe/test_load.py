@@ -123,8 +123,8 @@ joined.
     `rank`: Rank of the update. 8-16 suits format and style, 32-64 harder adaptation.
   stages[1].sft.dtype (line 9): is 'float8'
     write one of: 'auto', 'float32', 'bfloat16' or 'float16'
-  stages[2] (line 10): there is no stage `traing`; the stages are prepare, mix, sft, \
-merge, evaluate, gate
+  stages[2] (line 10): there is no stage `traing`; the stages are prepare, mix, \
+pretrain, sft, merge, evaluate, gate
 """
 
 

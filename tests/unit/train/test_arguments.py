@@ -12,15 +12,15 @@ from posttrain.train.arguments import (
     MANAGED,
     check_extra_args,
     plan_schedule,
-    sft_arguments,
+    training_arguments,
 )
 
 
 def test_an_unknown_name_is_told_its_neighbours() -> None:
-    (problem,) = check_extra_args(["neftune_noise"], where="stages[1].sft.extra_args")
-    assert problem.where == "stages[1].sft.extra_args.neftune_noise"
+    (problem,) = check_extra_args(["adam_beta"], where="stages[1].sft.extra_args")
+    assert problem.where == "stages[1].sft.extra_args.adam_beta"
     assert problem.fix is not None
-    assert "`neftune_noise_alpha`" in problem.fix
+    assert "`adam_beta1`" in problem.fix
 
 
 def test_a_name_with_a_recipe_key_is_sent_there() -> None:
@@ -35,7 +35,7 @@ def test_names_that_posttrain_sets_are_refused_with_the_reason() -> None:
 
 
 def test_other_fields_pass() -> None:
-    assert check_extra_args(["neftune_noise_alpha", "adam_beta2", "optim"]) == []
+    assert check_extra_args(["label_smoothing_factor", "adam_beta2", "optim"]) == []
 
 
 def test_a_recipe_cannot_replace_anything_that_is_set_here(tmp_path) -> None:
@@ -43,8 +43,8 @@ def test_a_recipe_cannot_replace_anything_that_is_set_here(tmp_path) -> None:
     from trl import SFTConfig as TrlSftConfig
 
     config = SftConfig(dataset="chats", seed=3, optimization={"weight_decay": 0.1})
-    schedule = plan_schedule(config, rows=100, world_size=1)
-    ours = sft_arguments(config, schedule, tmp_path, "float32", resumed=False)
+    schedule = plan_schedule(config, entries=100, world_size=1)
+    ours = training_arguments(config, schedule, tmp_path, "float32", resumed=False)
     plain = TrlSftConfig(output_dir="elsewhere", use_cpu=True)
     # Defaults of ours that a recipe may replace; the first is another name of the last.
     free = {"activation_checkpointing", "dataloader_pin_memory", "gradient_checkpointing"}
@@ -59,15 +59,17 @@ def test_the_tables_name_each_field_once() -> None:
 
 def test_an_extra_argument_reaches_trl(tmp_path) -> None:
     config = SftConfig(dataset="chats", extra_args={"adam_beta2": 0.95})
-    schedule = plan_schedule(config, rows=100, world_size=1)
-    assert sft_arguments(config, schedule, tmp_path, "float32", resumed=True).adam_beta2 == 0.95
+    schedule = plan_schedule(config, entries=100, world_size=1)
+    assert (
+        training_arguments(config, schedule, tmp_path, "float32", resumed=True).adam_beta2 == 0.95
+    )
 
 
 def test_a_wrong_value_is_an_error_of_the_recipe(tmp_path) -> None:
     config = SftConfig(dataset="chats", extra_args={"optim": "sgdd"})
-    schedule = plan_schedule(config, rows=100, world_size=1)
+    schedule = plan_schedule(config, entries=100, world_size=1)
     with pytest.raises(RecipeError, match="extra_args"):
-        sft_arguments(config, schedule, tmp_path, "float32", resumed=True)
+        training_arguments(config, schedule, tmp_path, "float32", resumed=True)
 
 
 @given(

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from posttrain.data.rows import Document
 from posttrain.train.history import Step
 from posttrain.train.rows import Encodings, count_passes, write_row_account
+from posttrain.train.tables import TrainingTable, make_table
 from posttrain.train.tokenize import IGNORED, Encoded
 
 
@@ -22,6 +23,10 @@ def encoded(tokens: int, trained: int | None = None, cut: int = 0) -> Encoded:
     if trained is not None:
         labels = [IGNORED] * (tokens - trained) + list(range(trained))
     return Encoded(list(range(tokens)), labels, cut)
+
+
+def table_of(rows: list[Encoded], batch_size: int) -> TrainingTable:
+    return make_table(rows, 1000, packing=False, multiple_of=batch_size, filler_id=0)
 
 
 def loader(size: int, batch_size: int, seed: int = 3, *, seedable: bool = True) -> DataLoader[int]:
@@ -67,30 +72,34 @@ def test_passes_are_those_of_a_run_that_reads_the_rows(
     steps, expected = read(rows, batch_size, epochs, last)
     last = min(last, len(steps))
     size = len(rows) + -len(rows) % batch_size
-    counted = count_passes(loader(size, batch_size), rows, batch_size, steps, last)
+    table = table_of(rows, batch_size)
+    counted = count_passes(loader(size, batch_size), table, batch_size, steps, last)
     assert counted is not None
-    assert counted.tolist() == expected.tolist()
+    assert counted[: len(rows)].tolist() == expected.tolist()
 
 
 def test_an_order_that_does_not_fit_the_counted_tokens_is_no_answer() -> None:
     rows = [encoded(length) for length in range(2, 18)]
     steps, _ = read(rows, batch_size=4, epochs=1, last=4, seed=8)
-    assert count_passes(loader(16, 4, seed=8), rows, 4, steps, 4) is not None
-    assert count_passes(loader(16, 4, seed=9), rows, 4, steps, 4) is None
+    assert count_passes(loader(16, 4, seed=8), table_of(rows, 4), 4, steps, 4) is not None
+    assert count_passes(loader(16, 4, seed=9), table_of(rows, 4), 4, steps, 4) is None
 
 
 def test_an_order_that_a_seed_alone_does_not_give_is_no_answer() -> None:
     rows = [encoded(5)] * 4
     steps, _ = read(rows, batch_size=4, epochs=1, last=1)
-    assert count_passes(loader(4, 4, seedable=False), rows, 4, steps, 1) is None
+    assert count_passes(loader(4, 4, seedable=False), table_of(rows, 4), 4, steps, 1) is None
 
 
 ROWS = [Document(id=f"{n:016}", file="a.txt", row=n, text="") for n in range(4)]
 ENCODINGS = Encodings([encoded(5), encoded(6, trained=0), encoded(7, cut=2), encoded(8)])
 
 
+TABLE = table_of(ENCODINGS.every, batch_size=1)
+
+
 def account(folder: Path, passes: np.ndarray | None) -> dict[str, list[object]]:
-    write_row_account(folder / "rows.parquet", ROWS, ENCODINGS, passes)
+    write_row_account(folder / "rows.parquet", ROWS, ENCODINGS, TABLE, passes)
     columns: dict[str, list[object]] = pq.read_table(folder / "rows.parquet").to_pydict()
     return columns
 
@@ -112,9 +121,21 @@ def test_unknown_passes_are_null(tmp_path: Path) -> None:
     assert columns["verdict"] == ["trained", "left out", "trained", "trained"]
 
 
+def test_a_row_in_several_blocks_was_read_as_often_as_the_block_that_was_read_least(
+    tmp_path: Path,
+) -> None:
+    rows = [ROWS[0]]
+    encodings = Encodings([Encoded(list(range(25)), list(range(25)))])
+    table = make_table(encodings.every, 10, packing=False, multiple_of=1, filler_id=0)
+    for read, passes, verdict in (([2, 1, 1], 1, "trained"), ([1, 0, 0], 0, "trained")):
+        write_row_account(tmp_path / "a.parquet", rows, encodings, table, np.array(read))
+        line = pq.read_table(tmp_path / "a.parquet").to_pylist()[0]
+        assert (line["passes"], line["verdict"], line["position"]) == (passes, verdict, 0)
+
+
 def test_equal_rows_leave_an_equal_account(tmp_path: Path) -> None:
     for name in ("1", "2"):
-        write_row_account(tmp_path / name, ROWS, ENCODINGS, np.array([1, 1, 1]))
+        write_row_account(tmp_path / name, ROWS, ENCODINGS, TABLE, np.array([1, 1, 1]))
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
