@@ -11,7 +11,7 @@ from prefect.states import Completed
 
 from posttrain.home import Home
 from posttrain.sweeping.page import headline, table_markdown
-from posttrain.sweeping.plan import plan_sweep
+from posttrain.sweeping.plan import SweepRequest, plan_sweep
 from posttrain.sweeping.run import SweepRun
 from tasks import STAGE_TASKS
 from tasks.stage import untracked
@@ -44,17 +44,11 @@ def sweep(
         prune: Stop trials early that are hopeless.
     """
     home = Home.find()
-    plan = plan_sweep(
-        Path(recipe),
-        over,
-        overrides or [],
-        home.store,
-        metric=metric,
-        maximize=maximize,
-        seeds=seeds,
-        trials=trials,
+    request = SweepRequest(
+        Path(recipe), tuple(over), tuple(overrides or ()), metric, maximize, trials, seeds, prune
     )
-    with SweepRun(home, plan, flow_run.id, prune=prune) as run:
+    plan = plan_sweep(request, home.store)
+    with SweepRun(home, plan, flow_run.id) as run:
         for step in plan.shared_steps():
             STAGE_TASKS[step.stage](step, run.inputs_of(step), untracked(run))
         shared = list(run.outcomes.values())

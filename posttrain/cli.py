@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from posttrain import __version__
-from posttrain.commands import data, lineage
+from posttrain.commands import advise, data, generate, lineage, sweep
 from posttrain.errors import PosttrainError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from posttrain.pipeline import Pipeline
     from posttrain.plan import Plan
     from posttrain.store import Artifact
+    from posttrain.sweeping.plan import SweepRequest
 
 EXIT_GATE_SAID_NO = 3
 EXIT_INTERRUPTED = 130
@@ -42,6 +43,10 @@ store_app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(lineage.app, name="lineage")
 app.add_typer(store_app, name="store")
+app.command("sweep")(sweep.sweep)
+app.command("advise")(advise.advise)
+app.command("generate")(generate.generate)
+app.command("adapters")(generate.adapters)
 
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe file, such as configs/quickstart.yaml.")
@@ -314,6 +319,30 @@ def _run_flow(
     """Run the Prefect flow in this process; raises what a stage raised."""
     from posttrain import console as show
     from posttrain import run as runs
+
+    _prepare_prefect(console, verbose)
+    from flows.post_training import post_training
+
+    runs.console_observers[:] = [show.observer(console), keeper]
+    state = post_training(str(recipe), overrides or [], from_stage, return_state=True)
+    if not state.is_completed() and state.name != "Rejected":
+        state.result()  # raises the stage's own error
+
+
+def run_sweep_flow(request: SweepRequest, console: Console, verbose: bool) -> None:
+    """Run a sweep's Prefect flow in this process; raises what stopped it."""
+    with _ctrl_c_is_no_accident():
+        _prepare_prefect(console, verbose)
+        from flows.sweep import sweep as flow
+
+        flow(
+            *(str(request.file), list(request.over), list(request.overrides), request.metric),
+            *(request.maximize, request.trials, request.seeds, request.prune),
+        )
+
+
+def _prepare_prefect(console: Console, verbose: bool) -> None:
+    """Settings that Prefect needs before it is imported, and a running server if there is one."""
     from posttrain import servers
     from posttrain.home import Home
 
@@ -323,12 +352,6 @@ def _run_flow(
         os.environ.setdefault("PREFECT_LOGGING_ROOT_LEVEL", "ERROR")
     if servers.use_running_prefect(Home.find()) is None:
         console.print("Starting a Prefect server for this run ...", style="dim")
-    from flows.post_training import post_training
-
-    runs.console_observers[:] = [show.observer(console), keeper]
-    state = post_training(str(recipe), overrides or [], from_stage, return_state=True)
-    if not state.is_completed() and state.name != "Rejected":
-        state.result()  # raises the stage's own error
 
 
 def _record_reuse(pipeline: Pipeline, plan: Plan) -> None:

@@ -91,7 +91,7 @@ def _combination_problems(
 def _rank_problems(
     where: str, config: MergeConfig, adapters: Sequence[AdapterConfig | None]
 ) -> list[Problem]:
-    ranks = sorted({adapter.rank for adapter in adapters if isinstance(adapter, LoraConfig)})
+    ranks = sorted({_saved_rank(one) for one in adapters if isinstance(one, LoraConfig)})
     if config.takes_any_ranks or len(ranks) < 2:
         return []
     method = "svd" if config.method == "linear" else f"{config.method}_svd"
@@ -101,7 +101,12 @@ def _rank_problems(
 
 def _is_plain_lora(adapter: AdapterConfig) -> bool:
     """Whether an adapter is two matrices beside each weight and nothing else."""
-    return isinstance(adapter, LoraConfig) and not adapter.dora and adapter.init == "zero"
+    return isinstance(adapter, LoraConfig) and not adapter.dora
+
+
+def _saved_rank(adapter: LoraConfig) -> int:
+    """PiSSA is saved as what it added to and took from the weights: twice its rank."""
+    return adapter.rank * 2 if adapter.init == "pissa" else adapter.rank
 
 
 def _list(ranks: Sequence[int]) -> str:

@@ -107,7 +107,7 @@ def _write_training(sheet: _Sheet) -> None:
     bodies = {stage: _body(sheet, stage) for stage in advice.stages}
     roles = dict.fromkeys(sheet.datasets)
     prepared = [stage for stage in sheet.stages if isinstance(stage, dict)]
-    sheet.stages = [{"prepare": _prepare(sheet, name)} for name in roles] + prepared
+    sheet.stages = [*({"prepare": _prepare(sheet, name)} for name in roles), *prepared]
     for position, stage in enumerate(advice.stages):
         if not _put(sheet, stage, bodies[stage]):
             continue

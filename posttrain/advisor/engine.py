@@ -6,22 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from posttrain.advisor.memory import Weights
-from posttrain.advisor.rules import (
-    EARLY,
+from posttrain.advisor.conditions import (
     TRAINING_STAGES,
     Base,
+    Comparison,
     Decided,
-    Decision,
     Instead,
-    Rule,
-    Scalar,
-    Source,
     Tasks,
     Trains,
     fill,
-    load_rules,
 )
+from posttrain.advisor.memory import Weights
+from posttrain.advisor.rules import EARLY, Decision, Rule, Scalar, Source, load_rules
 from posttrain.advisor.situation import Situation
 from posttrain.recipe.adapters import LoraConfig
 
@@ -36,11 +32,11 @@ _NAMES = {
     ("preferences", "ppo"): "Reward model and PPO",
     ("preferences", "orpo"): "ORPO",
     ("preferences", "kto"): "KTO",
-    ("trains", "all"): "Full SFT",
+    ("trains", "all"): "Full fine-tuning",
     ("trains", "adapter"): "LoRA",
     ("pretrain_trains", "all"): "Continued pretraining of all weights",
     ("pretrain_trains", "adapter"): "Continued pretraining by LoRA",
-    ("base", "16bit"): "LoRA on 16-bit weights",
+    ("base", "unquantized"): "LoRA on unquantized weights",
     ("base", "4bit"): "QLoRA",
     ("together", "mix"): "A multi-task mix",
     ("together", "adapters"): "An adapter for each task",
@@ -299,7 +295,7 @@ def _runners_up(
             if name is None or key not in EARLY or not _differs(key, value, choice, stages):
                 continue
             failed = [one for one in rule.when if not one.holds(situation, {})]
-            if len(failed) > _MOST_FAILURES or any(one.term == "goals" for one in failed):
+            if len(failed) > _MOST_FAILURES or any(_is_far(one, situation) for one in failed):
                 continue
             wishes = " and ".join(one.wish(situation) for one in failed)
             right_if = wishes or fill(rule.right_if, situation)
@@ -307,6 +303,12 @@ def _runners_up(
                 rank = (len(failed), -rule.priority)
                 found.append((rank, Alternative(name, right_if, rule.id)))
     return found
+
+
+def _is_far(failed: Comparison, situation: Situation) -> bool:
+    """Whether another goal would be needed, or data of a kind that there is none of."""
+    have = getattr(situation, failed.term, None)
+    return failed.term == "goals" or (have == 0 and not isinstance(have, bool))
 
 
 def _differs(key: str, value: Decided, choice: Decision, stages: tuple[str, ...]) -> bool:

@@ -217,7 +217,10 @@ def _size_of_gguf(reference: str) -> float | None:
 
     try:
         model = resolve_model(reference, Home.find().store.digests)
-        return float(sum(int(tensor.n_elements) for tensor in GGUFReader(model.location).tensors)) / 1e9
+        return (
+            float(sum(int(tensor.n_elements) for tensor in GGUFReader(model.location).tensors))
+            / 1e9
+        )
     except (ModelError, OSError, ValueError):
         return None
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from posttrain.advisor import memory
 from posttrain.advisor.engine import Advice
+from posttrain.advisor.situation import Situation
 from posttrain.recipe.adapters import LoraConfig
 from posttrain.recipe.evaluate import EvaluateConfig
 from posttrain.recipe.gate import GateConfig
@@ -61,7 +62,7 @@ def _memory(stage: TrainingConfig, where: str, advice: Advice) -> Iterator[Remar
     situation = advice.situation
     weights = _weights(stage)
     if not memory.fits(weights, situation.parameters, situation.device):
-        needed = memory.need(weights, situation.parameters, situation.device).total_gb
+        needed = _needed(weights, situation)
         smaller = "QLoRA: `quantization: {type: nf4}`" if weights == "lora" else "an adapter"
         if weights == "qlora":
             smaller = "a smaller model, or shorter rows"
@@ -69,15 +70,15 @@ def _memory(stage: TrainingConfig, where: str, advice: Advice) -> Iterator[Remar
         yield Remark(
             "warning" if tight else "error",
             where,
-            f"{_named(weights)} needs about {needed:.0f} of {situation.memory_gb:.0f} GiB at the "
-            "default batch and length",
+            f"{_named(weights)} needs about {needed:.0f} GiB at the default batch and length, and "
+            f"there are {situation.memory_gb:.0f}",
             f"take {smaller}",
         )
     elif weights == "qlora" and situation.lora_fits:
         yield Remark(
             "note",
             f"{where}.quantization",
-            "LoRA on 16-bit weights fits as well, trains faster and loses nothing to 4 bits",
+            "LoRA on unquantized weights fits as well, trains faster and loses nothing to 4 bits",
             "leave `quantization` out",
         )
     advised = advice.pretrain_weights if isinstance(stage, PretrainConfig) else advice.weights
@@ -230,8 +231,7 @@ def _proof(recipe: Recipe) -> Iterator[Remark]:
         )
     last = trained[-1]
     merged = any(
-        isinstance(stage, MergeConfig)
-        for stage in recipe.stages[recipe.stages.index(last) :]
+        isinstance(stage, MergeConfig) for stage in recipe.stages[recipe.stages.index(last) :]
     )
     if last.adapter is not None and last.adapter.mergeable and not merged:
         yield Remark(
@@ -242,6 +242,14 @@ def _proof(recipe: Recipe) -> Iterator[Remark]:
         )
 
 
+def _needed(weights: memory.Weights, situation: Situation) -> float:
+    """GiB a device, by the measure that decides whether it fits."""
+    device = situation.device
+    if weights == "qlora":
+        return situation.qlora_gb
+    return memory.need(weights, situation.parameters, device, sharded=device.count > 1).total_gb
+
+
 def _weights(stage: TrainingConfig) -> memory.Weights:
     if stage.adapter is None:
         return "full"
@@ -249,9 +257,11 @@ def _weights(stage: TrainingConfig) -> memory.Weights:
 
 
 def _named(weights: memory.Weights) -> str:
-    return {"full": "training all weights", "lora": "LoRA on 16-bit weights", "qlora": "QLoRA"}[
-        weights
-    ]
+    return {
+        "full": "training all weights",
+        "lora": "LoRA on unquantized weights",
+        "qlora": "QLoRA",
+    }[weights]
 
 
 def _few(advice: Advice) -> bool:

@@ -127,7 +127,7 @@ class Situation:
 
     @property
     def lora_gb(self) -> float:
-        """GiB a device that LoRA on a base in 16 bits needs, undivided."""
+        """GiB a device that LoRA on an unquantized base needs, undivided."""
         return memory.need("lora", self.parameters, self.device).total_gb
 
     @property
@@ -142,7 +142,7 @@ class Situation:
 
     @property
     def lora_fits(self) -> bool:
-        """Whether LoRA on a base in 16 bits can be trained with room to spare."""
+        """Whether LoRA on an unquantized base can be trained with room to spare."""
         return memory.fits("lora", self.parameters, self.device)
 
     @property

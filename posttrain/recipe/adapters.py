@@ -58,8 +58,9 @@ class LoraConfig(AdapterConfig):
 
 
 class AdaLoraConfig(AdapterConfig):
-    """Low-rank adapters whose ranks are redistributed while training to the layers that need
-    them (Zhang et al., 2023, arXiv:2303.10512).
+    """Low-rank adapters whose ranks move, while training, to the layers that need them.
+
+    Zhang et al., 2023, arXiv:2303.10512.
     """
 
     peak_learning_rate: ClassVar[float] = 1e-3
@@ -78,8 +79,9 @@ class AdaLoraConfig(AdapterConfig):
 
 
 class Ia3Config(AdapterConfig):
-    """Learned factors on keys, values and feed-forward activations (Liu et al., 2022,
-    arXiv:2205.05638): about a hundredth of LoRA's parameters.
+    """Learned factors on keys, values and feed-forward activations.
+
+    Liu et al., 2022, arXiv:2205.05638. About a hundredth of LoRA's parameters.
     """
 
     peak_learning_rate: ClassVar[float] = 3e-3
@@ -92,8 +94,9 @@ class Ia3Config(AdapterConfig):
 
 
 class VeraConfig(AdapterConfig):
-    """Vectors that scale random low-rank matrices shared by all layers (Kopiczko et al., 2023,
-    arXiv:2310.11454): a tenth of LoRA's parameters at a far higher rank.
+    """Vectors that scale random low-rank matrices shared by all layers.
+
+    Kopiczko et al., 2023, arXiv:2310.11454. A tenth of LoRA's parameters at a far higher rank.
     """
 
     peak_learning_rate: ClassVar[float] = 4e-3
@@ -108,8 +111,9 @@ class VeraConfig(AdapterConfig):
 
 
 class PrefixTuningConfig(AdapterConfig):
-    """Learned keys and values before those of each sequence, in every layer (Li and Liang, 2021,
-    arXiv:2101.00190).
+    """Learned keys and values before those of each sequence, in every layer.
+
+    Li and Liang, 2021, arXiv:2101.00190.
     """
 
     peak_learning_rate: ClassVar[float] = 1e-2
@@ -125,8 +129,9 @@ class PrefixTuningConfig(AdapterConfig):
 
 
 class PromptTuningConfig(AdapterConfig):
-    """Learned embeddings before each sequence (Lester et al., 2021, arXiv:2104.08691). Needs a
-    large model to be worth it.
+    """Learned embeddings before each sequence.
+
+    Lester et al., 2021, arXiv:2104.08691. Needs a large model to be worth it.
     """
 
     peak_learning_rate: ClassVar[float] = 3e-2
@@ -141,8 +146,9 @@ class PromptTuningConfig(AdapterConfig):
 
 
 class BottleneckConfig(AdapterConfig):
-    """Small networks after each block: down-projection, nonlinearity, up-projection (Houlsby et
-    al., 2019, arXiv:1902.00751; Pfeiffer et al., 2021, arXiv:2005.00247).
+    """Small networks after each block: down-projection, nonlinearity, up-projection.
+
+    Houlsby et al., 2019, arXiv:1902.00751; Pfeiffer et al., 2021, arXiv:2005.00247.
     """
 
     peak_learning_rate: ClassVar[float] = 1e-3

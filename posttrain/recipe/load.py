@@ -157,12 +157,19 @@ def _where(loc: tuple[str | int, ...], lines: _LineIndex | None) -> str:
     for before, part in zip((None, *loc), loc, strict=False):
         if isinstance(part, int):
             text += f"[{part}]"
-        elif (before == "adapter" and part in ADAPTERS) or part in ("function-before", "union") or part.startswith(("tuple[", "literal[")):
+        elif _says_nothing(before, part):
             continue
         else:
             text += f".{part}" if text else part
     line = lines.find(loc) if lines else None
     return f"{text or 'recipe'} (line {line})" if line else text or "recipe"
+
+
+def _says_nothing(before: str | int | None, part: str) -> bool:
+    """Whether pydantic's name for a variant stands where no key of the recipe is."""
+    if before == "adapter" and part in ADAPTERS:
+        return True
+    return part in ("function-before", "union") or part.startswith(("tuple[", "literal["))
 
 
 def _model_at(loc: tuple[str | int, ...]) -> type[BaseModel]:

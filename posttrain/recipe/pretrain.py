@@ -21,8 +21,9 @@ class Replay(Strict):
 
 
 class PretrainConfig(TrainingConfig):
-    """Goes on with next-token prediction on documents (Gururangan et al., 2020,
-    arXiv:2004.10964: domain- and task-adaptive pretraining). All weights by default.
+    """Goes on with next-token prediction on documents; trains all weights by default.
+
+    Gururangan et al., 2020, arXiv:2004.10964: domain- and task-adaptive pretraining.
     """
 
     family: ClassVar[RowFamily] = "documents"
@@ -33,6 +34,6 @@ class PretrainConfig(TrainingConfig):
     adapter: AnyAdapter | None = None
     """What is trained: all weights by default, or an adapter."""
     batching: Batching = Batching(packing=True)
-    """Batch size and block length. `packing` is on: documents share blocks and none sees another."""
+    """Batch size and block length. `packing` is on: documents share blocks, none sees another."""
     replay: Replay | None = None
     """Mix general text into the domain's."""

@@ -82,7 +82,7 @@ class Sharding(Strict):
     """DeepSpeed ZeRO (Rajbhandari et al., 2020, arXiv:1910.02054): 1 divides the optimizer's
     state, 2 the gradients too, 3 the parameters too."""
     offload: Literal["optimizer", "all"] | None = None
-    """Keep the optimizer's state, or with ZeRO-3 the parameters as well, in the machine's memory."""
+    """Keep the optimizer's state, or with ZeRO-3 also the parameters, in the machine's memory."""
     config: str | None = None
     """A DeepSpeed configuration file instead of `zero` and `offload`, such as
     configs/deepspeed/zero3.json. What the recipe says itself must not be in it."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.errors import DataError, ModelError
 from posttrain.models import load_causal_lm, load_tokenizer
+from posttrain.recipe.adapters import Quantization
 from posttrain.recipe.merge import PROMPTS, SOURCE, MergeConfig
 from posttrain.stages.program import StageContext, StageInput, StageResult, run_program
 from posttrain.train.processes import prepare_libraries
@@ -72,7 +73,7 @@ def _fold(context: Context) -> StageResult:
     metrics: dict[str, float] = {}
     if config.quantization is not None:
         context.events.phase("measuring the 4-bit model")
-        quantized = _load_quantized(adapter, config)
+        quantized = _load_quantized(adapter, config.quantization)
         reference = final_logits(quantized, prompts)
         metrics["quantized_perplexity"] = _perplexity(context, quantized, tokenizer, rows)
         del quantized
@@ -123,23 +124,15 @@ def _folded(
     return model, difference
 
 
-def _load_quantized(adapter: StageInput, config: MergeConfig) -> PreTrainedModel:
+def _load_quantized(adapter: StageInput, quantization: Quantization) -> PreTrainedModel:
     """The model that was trained: the adapter on its base in 4 bits, computing in float32."""
-    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    assert config.quantization is not None
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=config.quantization.type,
-        bnb_4bit_use_double_quant=config.quantization.double,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    base = AutoModelForCausalLM.from_pretrained(
-        adapter.base, quantization_config=settings, dtype=torch.float32, use_safetensors=True
-    )
-    return PeftModel.from_pretrained(base, adapter.path).eval()
+    from posttrain.train.quantization import load_quantized
+
+    base = StageInput(kind="model", path=str(_weights(adapter)), digest="")
+    loaded = load_quantized(base, quantization, "float32")
+    return PeftModel.from_pretrained(loaded, adapter.path).eval()
 
 
 def _fold_headline(

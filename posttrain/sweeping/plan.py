@@ -26,6 +26,29 @@ DEFAULT_TRIALS = 20
 
 
 @dataclass(frozen=True)
+class SweepRequest:
+    """What a user asks for."""
+
+    file: Path
+    """The recipe."""
+    over: tuple[str, ...]
+    """What follows each `--over`."""
+    overrides: tuple[str, ...] = ()
+    """What follows each `--set`."""
+    metric: str | None = None
+    """`STAGE.METRIC`. Default: the held-out loss of the last training stage whose own settings the
+    keys change, or else of the first one that depends on them."""
+    maximize: bool = False
+    """Whether more of the metric is better."""
+    trials: int | None = None
+    """Combinations to try where a key has a range; a grid is tried in full."""
+    seeds: int = 1
+    """Runs of each trial, with as many seeds."""
+    prune: bool = True
+    """Whether to stop hopeless trials early."""
+
+
+@dataclass(frozen=True)
 class Objective:
     """The number that decides."""
 
@@ -48,12 +71,9 @@ class Objective:
 class SweepPlan:
     """A sweep, checked and ready to run."""
 
-    file: Path
-    overrides: tuple[str, ...]
-    over: tuple[str, ...]
+    request: SweepRequest
     space: Space
     objective: Objective
-    seeds: int
     trials: int
     """Combinations to try."""
     pipeline: Pipeline
@@ -68,11 +88,15 @@ class SweepPlan:
         """What is swept and from what: the same question gets the same folder."""
         question = {
             "steps": [[step.name, _identity(step)] for step in self.pipeline.steps],
-            "over": list(self.over),
+            "over": list(self.request.over),
             "objective": [self.objective.name, self.objective.maximize],
-            "seeds": self.seeds,
+            "seeds": self.request.seeds,
         }
         return hashlib.sha256(canonical_json(question)).hexdigest()
+
+    def folder(self, home: Path) -> Path:
+        """Where the sweep is kept, below `POSTTRAIN_HOME`."""
+        return home / "sweeps" / f"{self.pipeline.recipe.name}-{self.digest[:12]}"
 
     def shared_steps(self) -> list[Step]:
         """The steps that no swept key reaches."""
@@ -80,13 +104,12 @@ class SweepPlan:
 
     def seeds_of_a_trial(self) -> list[int | None]:
         """What `open_trial` takes; None leaves the recipe's own seed."""
-        return [None] if self.seeds == 1 else list(range(self.seeds))
+        return [None] if self.request.seeds == 1 else list(range(self.request.seeds))
 
     def overrides_of(self, point: Point, seed: int | None) -> tuple[str, ...]:
         """A trial's own `--set`, on top of the user's."""
-        swept = [override(key, value) for key, value in point.items()]
         seeds = [override(key, base + (seed or 0)) for key, base in self.seed_keys]
-        return (*swept, *(seeds if seed else []))
+        return (*_texts(point), *(seeds if seed else []))
 
     def open_trial(self, point: Point, seed: int | None, store: Store) -> Pipeline:
         """The recipe with a trial's values, as far as the trial goes.
@@ -94,67 +117,48 @@ class SweepPlan:
         Raises:
             RecipeError: the values do not go together, or the recipe has changed meanwhile.
         """
-        overrides = [*self.overrides, *self.overrides_of(point, seed)]
-        return _up_to(open_pipeline(self.file, overrides, store), self.objective.step)
+        overrides = [*self.request.overrides, *self.overrides_of(point, seed)]
+        return _up_to(open_pipeline(self.request.file, overrides, store), self.objective.step)
 
     def own_steps(self, pipeline: Pipeline) -> list[Step]:
         """The steps that a trial has for itself."""
         return [step for step in pipeline.steps if step.name not in self.shared]
 
 
-def plan_sweep(
-    file: Path,
-    over: Sequence[str],
-    overrides: Sequence[str],
-    store: Store,
-    *,
-    metric: str | None = None,
-    maximize: bool = False,
-    seeds: int = 1,
-    trials: int | None = None,
-) -> SweepPlan:
+def plan_sweep(request: SweepRequest, store: Store) -> SweepPlan:
     """Check a sweep before its first trial: every combination, every key, the objective.
 
     Args:
-        file: The recipe.
-        over: What follows each `--over`.
-        overrides: What follows each `--set`.
+        request: What is asked for.
         store: For digests of what the recipe reads.
-        metric: `STAGE.METRIC`. Default: the held-out loss of the last training stage whose own
-            settings the keys change, or else of the first one that depends on them.
-        maximize: Whether more of the metric is better.
-        seeds: Runs of each trial, with as many seeds.
-        trials: Combinations to try where a key has a range; a grid is tried in full.
 
     Raises:
         RecipeError: a combination of values makes no valid recipe.
         UsageError: a key does not exist or changes nothing, or the options contradict each other.
     """
-    space = parse_space(over)
-    count = _count_trials(space, trials)
-    if seeds < 1:
+    space = parse_space(request.over)
+    trials = _count_trials(space, request.trials)
+    if request.seeds < 1:
         raise UsageError("--seeds: at least 1")
-    base = open_pipeline(file, overrides, store)
-    _check_points(space, file, overrides)
-    pipelines = _Variants(space, file, overrides, store, base)
-    objective = _objective(base, pipelines.changed, metric, maximize)
+    base = open_pipeline(request.file, request.overrides, store)
+    _check_points(space, request)
+    variants = _Variants(space, request, store)
+    # The shared steps are run from the recipe as it stands, so it is compared as well.
+    changed = _differing([base, *variants.pipelines])
+    objective = _objective(base, changed, request)
     for key in space.keys:
-        _check_reaches(key, pipelines.changed_by(key), objective, pipelines.all)
-    reached = _and_after(base, pipelines.changed)
-    needed = needed_steps(base, objective.step)
-    seed_keys = _seed_keys(base, [step.name for step in needed if step.name in reached])
-    if seeds > 1 and not seed_keys:
+        _check_reaches(key, variants.changed_by(key), objective, variants.pipelines)
+    pipeline, reached = _up_to(base, objective.step), _and_after(base, changed)
+    seed_keys = _seed_keys(base, [s.name for s in pipeline.steps if s.name in reached])
+    if request.seeds > 1 and not seed_keys:
         raise UsageError("--seeds: no stage that the keys reach has a seed")
     return SweepPlan(
-        file=file,
-        overrides=tuple(overrides),
-        over=tuple(over),
+        request=request,
         space=space,
         objective=objective,
-        seeds=seeds,
-        trials=count,
-        pipeline=_up_to(base, objective.step),
-        shared=tuple(step.name for step in needed if step.name not in reached),
+        trials=trials,
+        pipeline=pipeline,
+        shared=tuple(step.name for step in pipeline.steps if step.name not in reached),
         seed_keys=seed_keys,
     )
 
@@ -184,23 +188,19 @@ def _up_to(pipeline: Pipeline, objective: str) -> Pipeline:
 class _Variants:
     """The recipe's steps under other values: what each key changes."""
 
-    def __init__(
-        self, space: Space, file: Path, overrides: Sequence[str], store: Store, base: Pipeline
-    ) -> None:
+    def __init__(self, space: Space, request: SweepRequest, store: Store) -> None:
         self._points = space.star()
-        self.all = [
-            open_pipeline(file, [*overrides, *(override(*item) for item in point.items())], store)
+        self.pipelines = [
+            open_pipeline(request.file, [*request.overrides, *_texts(point)], store)
             for point in self._points
         ]
-        # The recipe as it stands is among them: the shared steps are run from it.
-        self.changed = _differing([base, *self.all])
 
     def changed_by(self, key: str) -> set[str]:
         """Names of the steps whose own settings or sources the key changes."""
         first = self._points[0]
         along = [
             pipeline
-            for point, pipeline in zip(self._points, self.all, strict=True)
+            for point, pipeline in zip(self._points, self.pipelines, strict=True)
             if all(point[other] == first[other] for other in first if other != key)
         ]
         return _differing(along)
@@ -246,7 +246,8 @@ def _and_after(pipeline: Pipeline, names: set[str]) -> set[str]:
     return reached
 
 
-def _objective(base: Pipeline, changed: set[str], metric: str | None, maximize: bool) -> Objective:
+def _objective(base: Pipeline, changed: set[str], request: SweepRequest) -> Objective:
+    metric = request.metric
     if metric is not None:
         step, dot, name = metric.partition(".")
         names = [step.name for step in base.steps]
@@ -255,8 +256,8 @@ def _objective(base: Pipeline, changed: set[str], metric: str | None, maximize: 
                 f"--metric {metric}: write STAGE.METRIC, such as sft.held_out_loss; the stages "
                 f"are {', '.join(names)}"
             )
-        return Objective(step, name, maximize)
-    if maximize:
+        return Objective(step, name, request.maximize)
+    if request.maximize:
         raise UsageError("--maximize: name the metric to be maximised with --metric STAGE.METRIC")
     training = [step.name for step in base.steps if isinstance(step.config, TrainingConfig)]
     own = [name for name in training if name in changed]
@@ -269,17 +270,21 @@ def _objective(base: Pipeline, changed: set[str], metric: str | None, maximize: 
     return Objective(own[-1] if own else after[0], HELD_OUT_LOSS)
 
 
-def _check_points(space: Space, file: Path, overrides: Sequence[str]) -> None:
+def _check_points(space: Space, request: SweepRequest) -> None:
     """Every combination must be a valid recipe before the first one is trained."""
     for point in space.grid():
-        texts = [override(key, value) for key, value in point.items()]
+        texts = _texts(point)
         try:
-            load_recipe(file, [*overrides, *texts])
+            load_recipe(request.file, [*request.overrides, *texts])
         except UsageError as error:
             message = str(error)
             for key, text in zip(point, texts, strict=True):  # the user wrote no `--set`
                 message = message.replace(f"--set {text}:", f"--over {key}:")
             raise UsageError(message) from None
+
+
+def _texts(point: Point) -> list[str]:
+    return [override(key, value) for key, value in point.items()]
 
 
 def _check_reaches(

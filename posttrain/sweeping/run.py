@@ -77,14 +77,12 @@ class SweepRun(PipelineRun):
     there. `sweep.json` and `sweep.html` are written after every trial.
     """
 
-    def __init__(
-        self, home: Home, plan: SweepPlan, prefect_run_id: str | None = None, *, prune: bool = True
-    ) -> None:
+    def __init__(self, home: Home, plan: SweepPlan, prefect_run_id: str | None = None) -> None:
         super().__init__(home, plan.pipeline, prefect_run_id=prefect_run_id)
         self.plan = plan
-        self.folder = home.root / "sweeps" / f"{plan.pipeline.recipe.name}-{plan.digest[:12]}"
-        self.result = _new_record(plan)
-        self._prune = prune and plan.objective.is_held_out_loss
+        self.folder = plan.folder(home.root)
+        self.result = new_record(plan)
+        self._prune = plan.request.prune and plan.objective.is_held_out_loss
         self.tried: set[int] = set()
         """Numbers of the trials that this attempt has run or found."""
         self._earlier: dict[int, Trial] = {}
@@ -297,8 +295,11 @@ class SweepRun(PipelineRun):
 
     def _choice(self, pick: Pick, trials: Sequence[Trial]) -> Choice:
         values = next(trial.values for trial in trials if trial.number == pick.number)
-        sets = [*self.plan.overrides, *(override(key, value) for key, value in values.items())]
-        words = ["posttrain", "run", str(self.plan.file)]
+        sets = [
+            *self.plan.request.overrides,
+            *(override(key, value) for key, value in values.items()),
+        ]
+        words = ["posttrain", "run", str(self.plan.request.file)]
         words += [word for text in sets for word in ("--set", text)]
         return Choice(
             number=pick.number,
@@ -312,7 +313,7 @@ class SweepRun(PipelineRun):
     def _log_result(self) -> None:
         """What was swept and chosen, and both files, on the sweep's run in MLflow."""
         choice = self.result.choice
-        params = {"over": " ".join(self.plan.over), "objective": self.plan.objective.name}
+        params = {"over": " ".join(self.plan.request.over), "objective": self.plan.objective.name}
         tags: dict[str, str] = {}
         metrics: dict[str, float] = {}
         if choice is not None:
@@ -331,16 +332,17 @@ class SweepRun(PipelineRun):
         self.tracker.annotate(params=params, tags=tags, metrics=metrics, files=files)
 
 
-def _new_record(plan: SweepPlan) -> SweepRecord:
+def new_record(plan: SweepPlan) -> SweepRecord:
+    """Of a sweep that has not begun."""
     return SweepRecord(
         recipe=plan.pipeline.recipe.name,
-        file=str(plan.file),
-        overrides=plan.overrides,
-        over=plan.over,
+        file=str(plan.request.file),
+        overrides=plan.request.overrides,
+        over=plan.request.over,
         keys=plan.space.keys,
         objective=plan.objective.name,
         maximize=plan.objective.maximize,
-        seeds=plan.seeds,
+        seeds=plan.request.seeds,
         planned=plan.trials,
         shared=plan.shared,
     )

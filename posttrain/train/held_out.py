@@ -56,9 +56,7 @@ class HeldOut:
         return losses
 
     def by_row(self, likelihoods: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Negative log-likelihood and trained tokens of each row: a document may have several
-        sequences.
-        """
+        """Negative log-likelihood and trained tokens of each row, over all of its sequences."""
         nll, tokens = np.zeros(len(self.rows)), np.zeros(len(self.rows), np.int64)
         for entry, members in enumerate(self.table.rows):
             for row in members:

@@ -17,6 +17,7 @@ from posttrain.stages.program import StageContext, StageResult
 from posttrain.train.arguments import plan_schedule, training_arguments
 from posttrain.train.checkpoints import newest_complete, remove_incomplete
 from posttrain.train.held_out import HELD_OUT_ROWS, HeldOut
+from posttrain.train.loss_page import LOSS_PAGE, write_loss_page
 from posttrain.train.processes import leave_process_group, prepare_libraries, world_size
 from posttrain.train.rows import (
     ROW_ACCOUNT,
@@ -256,7 +257,9 @@ def _leave_output(
     data.held_out.write_account(context.checkpoints, best, context.output / HELD_OUT_ROWS)
     if history.best.loss >= history.before:
         context.events.warning("the held-out loss did not fall; training made the model no better")
-    return training_result(history, trainable, report.tokens_per_second, config.family)
+    result = training_result(history, trainable, report.tokens_per_second, config.family)
+    write_loss_page(history, f"{context.job.name}: {result.headline}", context.output / LOSS_PAGE)
+    return result
 
 
 def _save(

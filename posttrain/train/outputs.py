@@ -130,7 +130,9 @@ def final_logits(
     with torch.no_grad():
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=model.device)
-            out = model(input_ids=ids, logits_to_keep=positions)
+            # Prompt tuning has virtual tokens before the prompt, with logits of their own.
+            kept = min(positions, len(prompt))
+            out = model(input_ids=ids, logits_to_keep=kept)
             logits.append(out.logits[0].float().cpu())
     return logits
 

@@ -59,6 +59,7 @@ def load_quantized(
         if "bitsandbytes" in str(error):
             raise ModelError(f"quantization: {error}; {_INSTALL}") from error
         raise ModelError(f"{model.path}: cannot be loaded in 4 bits: {error}") from error
+    _keep_differentiable(loaded)
     return loaded.requires_grad_(False)
 
 
@@ -75,3 +76,16 @@ def optimizer_name(quantization: Quantization | None) -> str:
     if quantization is not None and torch.cuda.is_available():
         return "paged_adamw_32bit"
     return str(TrainingArguments.default_optim)
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing the weights anew at the first evaluation on a CPU.
+
+    On CPUs with AVX512-BF16 it does, for a product of which no gradient can be taken: after an
+    evaluation the layers below would silently learn nothing.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False

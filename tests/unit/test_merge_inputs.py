@@ -16,6 +16,7 @@ from posttrain.pipeline import Pipeline
 from posttrain.recipe import MergeConfig
 from posttrain.recipe.adapters import Quantization
 from posttrain.store import Artifact, Store
+from tests.unit.lineage_store import Made
 
 FULL: dict[str, Any] = {"adapter": None}
 BOTH = ["one", "two"]
@@ -227,6 +228,62 @@ def test_what_peft_cannot_combine_is_refused(open_recipe: Any) -> None:
     open_recipe(*ranks, merge(method="ties_svd", models=BOTH, into="adapter"))
 
 
+def test_each_adapter_among_several_is_told_its_base(
+    open_recipe: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    both = merge(method="cat", models=BOTH, into="adapter", name="both")
+    pipeline = open_recipe(
+        sft("start", **FULL),
+        sft("one"),
+        sft("two", "more"),
+        sft("three", model="start"),
+        both,
+        merge(method="ties", models=["both", "three", "start"]),
+    )
+    done = made_up(pipeline, tmp_path / "made-up")
+    inputs = pipeline.bind(pipeline.step("merge"), done).job("INFO").inputs
+    assert {name: value.base for name, value in inputs.items() if value.kind == "adapter"} == {
+        "model:both": str(tiny_model),
+        "model:three": str(done["start"].path),
+    }
+    assert inputs["model:start"].path == str(done["start"].path)
+    assert inputs["base"].path == str(tiny_model)
+    combined = pipeline.bind(pipeline.step("both"), done).job("INFO").inputs
+    assert combined["model"].path == combined["model:two"].base == str(tiny_model)
+
+
+def test_another_base_under_the_same_adapters_is_another_merge(
+    open_recipe: Any, tmp_path: Path
+) -> None:
+    stages = (sft("start", **FULL), sft("one", model="start"), sft("two", model="start"))
+    pipeline = open_recipe(*stages, merge(method="linear", models=BOTH))
+    done = made_up(pipeline, tmp_path / "made-up")
+    other = made_up(pipeline, tmp_path / "other", {"start": "another model"})
+    step = pipeline.step("merge")
+    assert done["one"].digest == other["one"].digest
+    assert pipeline.bind(step, done).fingerprint == pipeline.bind(step, done).fingerprint
+    assert pipeline.bind(step, done).fingerprint != pipeline.bind(step, other).fingerprint
+
+
+def made_up(
+    pipeline: Pipeline, folder: Path, contents: dict[str, str] | None = None
+) -> dict[str, Artifact]:
+    """An artifact with some text in it for every step."""
+    made = Made(folder)
+    texts = {step.name: step.name for step in pipeline.steps} | (contents or {})
+
+    def write(text: str) -> Any:
+        return lambda output: (output / "text.txt").write_text(text)
+
+    return {
+        step.name: made.put(
+            step.stage, step.kind, {}, write(texts[step.name]), config={"name": step.name}
+        )
+        for step in pipeline.steps
+    }
+
+
+@pytest.mark.slow
 def test_two_fine_tunes_are_merged_and_combined_by_one_recipe(
     open_recipe: Any, tmp_path: Path
 ) -> None:

@@ -13,7 +13,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -68,21 +67,6 @@ every_method = pytest.mark.parametrize("config", METHODS.values(), ids=METHODS.k
 
 class ExactTrainer(ExactAdapterCheckpoints, Trainer):  # type: ignore[misc]
     pass
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(TrainerCallback):  # type: ignore[misc]
-    """Stops the program after the checkpoint of a step."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self._step:
-            raise Killed
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -149,9 +133,8 @@ def trained_values(model: peft.PeftModel) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def trained(
     tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[ExactTrainer, Path]]:
+) -> dict[AdapterConfig, tuple[ExactTrainer, Path]]:
     """A run of each method, with the folder of its checkpoints; made when asked for."""
-    runs: dict[str, tuple[ExactTrainer, Path]] = {}
 
     class Runs(dict):  # type: ignore[type-arg]
         def __missing__(self, config: AdapterConfig) -> tuple[ExactTrainer, Path]:
@@ -162,7 +145,6 @@ def trained(
             self[config] = trainer, folder
             return self[config]
 
-    del runs
     return Runs()
 
 
@@ -182,6 +164,7 @@ def test_training_lowers_the_loss_and_touches_the_adapter_alone(
             torch.testing.assert_close(weight, fresh[name], atol=0, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # said of prompt tuning
 @every_method
 def test_a_saved_adapter_on_a_fresh_base_is_the_model_in_memory(
     config: AdapterConfig, trained: Any, tiny_model: Path, tmp_path: Path
@@ -221,15 +204,16 @@ def test_saving_twice_leaves_the_same_bytes_and_nothing_of_this_machine(
 def test_a_killed_and_resumed_run_ends_in_the_same_bits(
     config: AdapterConfig, trained: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
+    """From a checkpoint, in a new model, as the program that follows a killed one does it.
+
+    At the second step AdaLoRA is on the way to its final ranks, at the fourth it has them.
+    """
+    complete, folder = trained[config]
+    expected = trained_values(complete.model)
     for killed_after in (2, 4):
-        folder = tmp_path / str(killed_after)
-        trainer = make_trainer(adapted(tiny_model, config), config, folder)
-        trainer.add_callback(KillAt(killed_after))
-        with pytest.raises(Killed):
-            trainer.train()
-        again = make_trainer(adapted(tiny_model, config), config, folder)
+        again = make_trainer(adapted(tiny_model, config), config, tmp_path, save_strategy="no")
         again.train(resume_from_checkpoint=str(folder / f"checkpoint-{killed_after}"))
-        expected = trained_values(trained[config][0].model)
+        assert losses(again)[killed_after:] == losses(complete)[killed_after:]
         for name, value in trained_values(again.model).items():
             torch.testing.assert_close(value, expected[name], atol=0, rtol=0)
 

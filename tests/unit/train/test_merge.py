@@ -1,16 +1,33 @@
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.data.prepared import PreparedDataset
 from posttrain.errors import ModelError
+from posttrain.recipe.adapters import (
+    AdaLoraConfig,
+    AdapterConfig,
+    Ia3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    Quantization,
+    VeraConfig,
+)
 from posttrain.recipe.merge import MergeConfig
 from posttrain.stages.merge import main
 from posttrain.stages.program import StageContext, StageInput, StageResult
+from posttrain.train.adapters import add_adapter
 from posttrain.train.outputs import check_reload, final_logits, max_difference, save_adapter
+from posttrain.train.rows import encode_rows
 from tests.unit.train.programs import digests_of, make_dataset, make_stage_dir
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -18,8 +35,8 @@ def adapter(tiny_model: Path, tmp_path: Path) -> Path:
     """An adapter that changes something: peft starts B at zero, this one does not."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    model = get_peft_model(
-        model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     )
     save_adapter(model, AutoTokenizer.from_pretrained(tiny_model), tmp_path / "adapter", "digest")
     return tmp_path / "adapter"
@@ -91,6 +108,87 @@ def test_a_difference_beyond_the_bound_is_refused(
 ) -> None:
     with pytest.raises(ModelError, match="max_logit_difference"):
         merge(tmp_path / "merge", adapter, tiny_model, max_logit_difference=1e-12)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(rank_stabilized=True),
+        LoraConfig(dora=True),
+        LoraConfig(rank=4, init="pissa"),
+        AdaLoraConfig(type="adalora", rank=2, initial_rank=4),
+        Ia3Config(type="ia3"),
+        VeraConfig(type="vera", rank=8),
+    ],
+    ids=["rslora", "dora", "pissa", "adalora", "ia3", "vera"],
+)
+def test_every_adapter_that_can_be_merged_says_the_same_afterwards(
+    tiny_model: Path, tmp_path: Path, config: AdapterConfig
+) -> None:
+    trained_adapter(tiny_model, tmp_path / "adapter", config)
+    output, result = merge(tmp_path / "merge", tmp_path / "adapter", tiny_model)
+    prompts = [[1, 50, 60, 70], [1, 80]]
+    plain = final_logits(AutoModelForCausalLM.from_pretrained(tiny_model).eval(), prompts)
+    merged = final_logits(AutoModelForCausalLM.from_pretrained(output).eval(), prompts)
+    assert max_difference(plain, merged) > 1e-2
+    assert result.metrics["max_logit_difference"] < 1e-4
+
+
+def test_an_adapter_that_has_no_weights_to_change_is_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = PrefixTuningConfig(type="prefix", virtual_tokens=4)
+    trained_adapter(tiny_model, tmp_path / "adapter", config)
+    with pytest.raises(ModelError, match="`evaluate` takes adapters as they are"):
+        merge(tmp_path / "merge", tmp_path / "adapter", tiny_model)
+
+
+def trained_adapter(base: Path, folder: Path, config: AdapterConfig) -> None:
+    """An adapter with noise on what would be trained."""
+    torch.manual_seed(0)
+    model = add_adapter(AutoModelForCausalLM.from_pretrained(base), config, total_steps=10)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    save_adapter(model, AutoTokenizer.from_pretrained(base), folder, "digest")
+
+
+def test_the_difference_to_the_4_bit_model_that_was_trained_is_told(
+    tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    from transformers import BitsAndBytesConfig
+
+    output, result = merge(
+        tmp_path / "merge", adapter, tiny_model, quantization=Quantization().model_dump()
+    )
+    plain, unquantized = merge(tmp_path / "plain", adapter, tiny_model)
+    assert digests_of(output) == digests_of(plain)
+    assert not any(name.startswith("quantized") for name in unquantized.metrics)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=settings)
+    trained = peft.PeftModel.from_pretrained(base, adapter).eval()
+    prompts = check_prompts(tmp_path / "merge-data", tiny_model)
+    apart = max_difference(
+        final_logits(trained, prompts),
+        final_logits(AutoModelForCausalLM.from_pretrained(output).eval(), prompts),
+    )
+    metrics = result.metrics
+    assert metrics["quantized_logit_difference"] == pytest.approx(apart, rel=1e-3)
+    assert 0 < metrics["quantized_mean_logit_difference"] < apart
+    assert metrics["quantized_divergence"] > 0
+    assert metrics["max_logit_difference"] < 1e-4
+    assert metrics["perplexity"] != pytest.approx(metrics["quantized_perplexity"], rel=1e-6)
+    assert "from the 4-bit model that was trained by at most" in result.headline
+
+
+def check_prompts(dataset: Path, model: Path) -> list[list[int]]:
+    rows = PreparedDataset.open(dataset).validation(4)
+    return [r.input_ids for r in encode_rows(AutoTokenizer.from_pretrained(model), rows, 512).rows]
 
 
 def test_complete_weights_cannot_be_merged(tiny_model: Path, tmp_path: Path) -> None:

@@ -73,13 +73,16 @@ def merge(tmp_path: Path, tiny_model: Path) -> Merge:
     """Runs the stage on these folders; an adapter's base is the tiny model."""
 
     def run(
-        folders: Mapping[str, Path], name: str = "merge", **config: object
+        folders: Mapping[str, Path],
+        name: str = "merge",
+        datasets: tuple[str, ...] = ("chats",),
+        **config: object,
     ) -> tuple[Path, StageResult]:
         inputs = {
             f"prompts:{dataset}": StageInput(
                 kind="dataset", path=str(make_dataset(tmp_path / f"{name}-{dataset}")), digest="d"
             )
-            for dataset in ("chats", "more rows")
+            for dataset in datasets
         }
         for source, folder in folders.items():
             adapter = (folder / "adapter_config.json").exists()
@@ -260,7 +263,8 @@ def test_16_bit_models_merge_into_a_16_bit_model(
 def test_each_model_and_the_merge_are_measured_on_every_dataset(
     models: dict[str, Path], merge: Merge
 ) -> None:
-    _, result = merge({n: models[n] for n in "ab"}, method="linear", models=BOTH)
+    both = {n: models[n] for n in "ab"}
+    _, result = merge(both, datasets=("chats", "more rows"), method="linear", models=BOTH)
     assert sorted(result.metrics) == sorted(
         f"perplexity/{dataset}{name}"
         for dataset in ("chats", "more_rows")
@@ -268,7 +272,7 @@ def test_each_model_and_the_merge_are_measured_on_every_dataset(
     )
     assert result.headline.startswith("linear of 2; perplexity on chats ")
     assert result.details["perplexity"]["chats"]["a"] == result.metrics["perplexity/chats/a"]
-    _, end = merge({n: models[n] for n in "ab"}, name="end", method="slerp", models=BOTH, t=1)
+    _, end = merge(both, name="end", method="slerp", models=BOTH, t=1)
     assert end.metrics["perplexity/chats"] == pytest.approx(end.metrics["perplexity/chats/b"])
     assert end.metrics["perplexity/chats"] != pytest.approx(end.metrics["perplexity/chats/a"])
 
@@ -282,7 +286,9 @@ def test_models_of_other_sizes_are_refused(
     model = AutoModelForCausalLM.from_pretrained(models["b"])
     model.resize_token_embeddings(640)
     save_model(model, AutoTokenizer.from_pretrained(models["b"]), tmp_path / "wide")
-    with pytest.raises(ModelError, match="`a` and `b` cannot be merged: .*600 x 64.* and 640 x 64"):
+    with pytest.raises(
+        ModelError, match=r"`a` and `b` cannot be merged: .*600 x 64.* and 640 x 64"
+    ):
         merge({"a": models["a"], "b": tmp_path / "wide"}, method="linear", models=BOTH)
 
 
@@ -358,9 +364,7 @@ def test_combined_adapters_are_one_adapter_of_their_base(
     combined = logits_of(tiny_model, output)
     assert max_difference(plain, combined) > 1e-3
     assert max_difference(logits_of(tiny_model, adapters["a"]), combined) > 1e-3
-    assert {"perplexity/chats", "perplexity/chats/a", "perplexity/more_rows/b"} <= set(
-        result.metrics
-    )
+    assert {"perplexity/chats", "perplexity/chats/a", "perplexity/chats/b"} <= set(result.metrics)
 
 
 def test_an_adapter_combined_with_itself_is_itself(
@@ -401,7 +405,7 @@ def test_adapters_of_different_ranks_need_a_method_for_that(
 ) -> None:
     wide = adapt(tiny_model, tmp_path / "wide", 3, r=8)
     both = {"a": adapters["a"], "b": wide}
-    with pytest.raises(ModelError, match="cannot combine these adapters: .*same r"):
+    with pytest.raises(ModelError, match=r"cannot combine these adapters: .*same r"):
         merge(both, method="ties", models=BOTH, into="adapter")
     merge(both, name="svd", method="ties_svd", models=BOTH, into="adapter")
 

@@ -207,6 +207,7 @@ def test_the_output_holds_an_adapter_and_nothing_of_this_machine(
         "adapter_model.safetensors",
         "chat_template.jinja",
         "held_out.parquet",
+        "loss.html",
         "rows.parquet",
         "tokenizer.json",
         "tokenizer_config.json",
