@@ -246,6 +246,9 @@ class _Builder:
         return name
 
     def _add_merge(self, where: str, config: MergeConfig) -> None:
+        if config.quantization is not None:
+            message = "is known from the stage that trained the adapter"
+            self._problem(f"{where}.quantization", message, "remove it")
         if config.models:
             self._add_merge_of_several(where, config)
             return

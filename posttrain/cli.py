@@ -132,10 +132,13 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which stages would run or be reused, and why. Runs nothing."""
+    """Show which stages would run or be reused, and why, and what training needs. Runs nothing."""
     from posttrain.console import show_plan
+    from posttrain.estimate.planning import describe_estimate, estimate_plan
+    from posttrain.home import Home
 
     made = _plan(_open(recipe, overrides, from_stage), from_stage)
+    estimates = estimate_plan(made, Home.find().root / "architectures")
     if as_json:
         steps = [
             {
@@ -143,12 +146,13 @@ def plan(
                 "action": planned.action,
                 "reason": planned.reason,
                 "fingerprint": planned.artifact.fingerprint if planned.artifact else None,
+                "estimate": describe_estimate(estimates.get(planned.step.name)),
             }
             for planned in made.steps
         ]
         _print_json({"steps": steps})
     else:
-        show_plan(_console(), made)
+        show_plan(_console(), made, estimates)
 
 
 @app.command()

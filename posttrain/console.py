@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain import events
+from posttrain.estimate.stage import StageEstimate
 from posttrain.evaluate.results import EvaluationResults
 from posttrain.execute import Outcome, StageObserver
 from posttrain.pipeline import BoundStep, Pipeline
@@ -139,8 +140,10 @@ class BarObserver(StageObserver):
             self._live = None
 
 
-def show_plan(console: Console, plan: Plan) -> None:
-    """Which stages would run or be reused, and why."""
+def show_plan(
+    console: Console, plan: Plan, estimates: Mapping[str, StageEstimate | str] | None = None
+) -> None:
+    """Which stages would run or be reused, and why; what those that train would need."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("stage", "would", "because"):
         table.add_column(column, overflow="fold")
@@ -150,6 +153,53 @@ def show_plan(console: Console, plan: Plan) -> None:
         action = Text(planned.action, style=styles[planned.action])
         table.add_row(planned.step.name, action, Text(reason))
     console.print(table)
+    waiting = {step.step.name for step in plan.steps if step.action != "reuse"}
+    shown = {name: found for name, found in (estimates or {}).items() if name in waiting}
+    if shown:
+        console.print()
+        show_estimates(console, shown)
+
+
+def show_estimates(console: Console, estimates: Mapping[str, StageEstimate | str]) -> None:
+    """Memory and time of training stages, and what to change where they do not fit."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("training", "trains", "memory", "fits", "steps", "time"):
+        table.add_column(column, overflow="fold")
+    for name, found in estimates.items():
+        if isinstance(found, StageEstimate):
+            table.add_row(name, *_estimate_cells(found))
+    if table.row_count:
+        console.print(table)
+    for name, found in estimates.items():
+        if isinstance(found, str):
+            console.print(Text(f"{name}: no estimate: {found}"), soft_wrap=True)
+            continue
+        console.print(Text(f"{name}: rows: {found.basis}", style="dim"), soft_wrap=True)
+        for number, change in enumerate(found.advice):
+            verdict = "fits" if change.fits else "still too much"
+            step = "to fit, write" if number == 0 else "and then"
+            line = f"  {step} `{change.write}`: {change.memory.gib:.1f} GiB, {verdict}"
+            console.print(Text(line, style="yellow"), soft_wrap=True)
+            if change.fits:
+                break
+
+
+def _estimate_cells(found: StageEstimate) -> tuple[Text, ...]:
+    share = f"{found.trainable / found.parameters:.2%} of {found.parameters / 1e6:,.1f}M"
+    memory = f"{found.memory.gib:.1f} of {found.device.gib:.1f} GiB"
+    if found.memory.host:
+        memory += f", {found.memory.host / 2**30:.1f} in the machine's memory"
+    fits = Text("yes", style="green") if found.fits else Text("no", style="bold red")
+    time = "unknown" if found.seconds is None else f"about {_duration(found.seconds)}"
+    return (Text(share), Text(memory), fits, Text(f"{found.steps:,}"), Text(time))
+
+
+def _duration(seconds: float) -> str:
+    """Two significant figures, in the unit that a person would say."""
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:,.0f} {unit}"
+    return f"{max(seconds, 1):.0f} s"
 
 
 def show_summary(

@@ -171,8 +171,9 @@ def _converted(
     # Of no recipe that has stages; the artifact is the one that a recipe's `convert` leaves.
     recipe = Recipe.model_construct(name="generate", model=model.location, stages=())
     bound = Pipeline(recipe, (step,)).bind(step, {})
-    if observer is None:
-        return store.find(config.produces, bound.fingerprint)
+    there = store.find(config.produces, bound.fingerprint)
+    if there is not None or observer is None:
+        return there
     return run_step(bound, store, observer).artifact
 
 

@@ -154,15 +154,14 @@ class Generator:
         if adapter is None:
             yield self._model, self._tokenizer
             return
-        from posttrain.models import _put_on as put_on
-        from posttrain.models import load_tokenizer
+        from posttrain.models import load_tokenizer, put_adapter_on
         from posttrain.stages.program import StageInput
 
         tokenizer = self._tokenizer
         if (adapter.path / "tokenizer_config.json").exists():
             source = StageInput(kind="adapter", path=str(adapter.path), digest="")
             tokenizer = load_tokenizer(source)
-        adapted = put_on(self._model, str(adapter.path))
+        adapted = put_adapter_on(self._model, str(adapter.path))
         try:
             yield adapted.eval(), tokenizer
         finally:

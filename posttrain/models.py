@@ -59,7 +59,7 @@ def load_causal_lm(model: StageInput, dtype: ResolvedDType) -> PreTrainedModel:
     if torch.cuda.is_available():
         loaded = loaded.cuda()
     if model.kind == "adapter":
-        loaded = _put_on(loaded, model.path)
+        loaded = put_adapter_on(loaded, model.path)
     return loaded.eval()
 
 
@@ -73,7 +73,7 @@ def has_chat_template(folder: Path) -> bool:
     return config.exists() and bool(json.loads(config.read_bytes()).get("chat_template"))
 
 
-def _put_on(base: PreTrainedModel, folder: str) -> PeftModel:
+def put_adapter_on(base: PreTrainedModel, folder: str) -> PeftModel:
     """The adapter in a folder, on its base; for use, so nothing of it is trainable.
 
     Raises:
@@ -94,8 +94,21 @@ def _put_on(base: PreTrainedModel, folder: str) -> PeftModel:
             warnings.filterwarnings("ignore", message="The following rank_pattern keys")
             adapted = PeftModel.from_pretrained(base, folder)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, UserWarning) as error:
-        raise ModelError(f"{folder}: cannot be loaded as an adapter of its base: {error}") from error
+        raise ModelError(
+            f"{folder}: cannot be loaded as an adapter of its base: {error}"
+        ) from error
     if adapted.active_peft_config.peft_type == "ADALORA":
         # peft reads it when labels are given, and sets it only to train.
         adapted.base_model.trainable_adapter_name = adapted.active_adapter
     return adapted
+
+
+def virtual_positions(model: PreTrainedModel) -> int:
+    """Positions before the first token for which the model returns logits as well.
+
+    Prompt tuning puts learned embeddings before each sequence; everything else adds none.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if config is None or config.peft_type != "PROMPT_TUNING":
+        return 0
+    return int(config.num_virtual_tokens)

@@ -23,6 +23,7 @@ from posttrain.events import Event, Failure, Phase, Progress, Warn, describe_pro
 from posttrain.execute import Outcome, StageObserver
 from posttrain.pipeline import BoundStep, Step
 from posttrain.run import PipelineRun
+from posttrain.train.history import loss_markdown
 
 _SECONDS_BETWEEN_LOGS = 5.0
 """Prefect's database is no place for a line a step; the full log is a file."""
@@ -101,9 +102,12 @@ class FlowObserver(StageObserver):
 
 
 def _keep_report(outcome: Outcome, run: PipelineRun) -> None:
-    """Show a verdict's or a dataset's report among the run's artifacts."""
+    """Show a verdict's, a dataset's or a training's report among the run's artifacts."""
     folder, name = outcome.artifact.path, outcome.artifact.manifest.name
     try:
+        if (folder / "training.json").exists():
+            key = f"loss-{name}".replace("_", "-")
+            create_markdown_artifact(loss_markdown(folder), key=key)
         if (folder / "verdict.md").exists():
             verdict = (folder / "verdict.md").read_text(encoding="utf-8")
             create_markdown_artifact(verdict, key="verdict")

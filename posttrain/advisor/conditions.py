@@ -58,12 +58,12 @@ _TRUTHS = {
     "gpu": ("there is a GPU", "there is no GPU"),
     "consumer_gpu": ("all there is is one consumer GPU", "there is more than a consumer GPU"),
     "full_fits": (
-        "all weights fit: about {full_gb:.0f} GiB a device, and a fifth more to spare; there are "
+        "all weights fit and leave a quarter free: about {full_gb:.0f} GiB a device, and there are "
         "{memory_gb:.0f}",
         "all weights do not fit into memory",
     ),
     "lora_fits": (
-        "LoRA on unquantized weights fits: about {lora_gb:.0f} GiB and a fifth more to spare; "
+        "LoRA on unquantized weights fits and leaves a quarter free: about {lora_gb:.0f} GiB, and "
         "there are {memory_gb:.0f}",
         "LoRA on unquantized weights does not fit, as with longer rows, a larger model or a "
         "smaller GPU",

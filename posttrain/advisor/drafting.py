@@ -48,8 +48,8 @@ class Names:
     recipe: str = "advised"
     model: str = MODEL
     datasets: Mapping[str, tuple[str, Plain]] = field(default_factory=dict)
-    """By role (`chats`, `documents`, `pairs`, `ratings`, `general-text`, `general-chats`): name and
-    settings of a dataset that is there."""
+    """Name and settings of the datasets that are there, by role: `chats`, `task-1`, `documents`,
+    `pairs`, `ratings`, `general-text`, `general-chats`."""
 
 
 @dataclass
@@ -62,6 +62,8 @@ class _Sheet:
     stages: list[Plain | str] = field(default_factory=list)
     """Stages; a string is a comment that stands in the place of one."""
     missing: list[str] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+    """Datasets that SFT learns from."""
 
     def dataset(self, role: str, row_format: str | None = None) -> str:
         """Name of the dataset in this role; a file to be filled in if there is none."""
@@ -90,7 +92,7 @@ def draft(advice: Advice, names: Names | None = None) -> Draft:
     if trains or not advice.stages:
         sheet.add("evaluate", {"tasks": _BENCHMARKS, "limit": _ITEMS})
     if trains:
-        sheet.add("gate", {"max_drop": 0.02, "perplexity": "must_improve"})
+        sheet.add("gate", {"perplexity": "must_improve"})
     data = {
         "name": sheet.names.recipe,
         "model": sheet.names.model,
@@ -177,12 +179,13 @@ def _examples(sheet: _Sheet) -> str:
         columns = {**pairs.get("columns", {}), "completion": "chosen"}
         sheet.datasets["chosen"] = {**pairs, "format": "prompt_completion", "columns": columns}
         return "chosen"
-    tasks = min(situation.tasks, _MOST_TASKS) if advice.together == "mix" else 1
-    if advice.together is None or "chats" in sheet.names.datasets:
+    if advice.together is None:
         sources = [{"dataset": sheet.dataset("chats")}]
     else:
+        tasks = min(situation.tasks, _MOST_TASKS) if advice.together == "mix" else 1
         names = [sheet.dataset(f"task-{number + 1}") for number in range(tasks)]
         sources = [{"dataset": name, "prefix": f"{name}: "} for name in names]
+    sheet.examples += [source["dataset"] for source in sources]
     if len(sources) == 1 and not advice.replay:
         return sources[0]["dataset"]
     mix: Plain = {"name": "training", "sources": sources}
@@ -198,7 +201,7 @@ def _prepare(sheet: _Sheet, dataset: str) -> Plain:
     """Settings of `prepare` for a dataset."""
     body: Plain = {"dataset": dataset, "near_dedup": {"threshold": 0.8}}
     for setting in sheet.advice.settings:
-        if setting.stage == "prepare" and dataset == "chats":
+        if setting.stage == "prepare" and dataset in sheet.examples:
             _set(body, setting.key.split(".")[1:], setting.value)
     return body
 
@@ -210,7 +213,7 @@ def _launch(sheet: _Sheet, body: Plain, weights: memory.Weights | None) -> None:
         return
     body["launch"] = {"num_processes": situation.gpus}
     divided = weights != "qlora" and not memory.fits_undivided(
-        weights, situation.parameters, situation.device
+        weights, situation.sizes, situation.device
     )
     if weights == "full":
         body["full"] = {"zero": 3 if divided else 2}

@@ -75,6 +75,11 @@ class Setting:
         """The stage whose key it is."""
         return self.key.partition(".")[0]
 
+    @property
+    def name(self) -> str:
+        """The last part of the key, in words."""
+        return self.key.rpartition(".")[2].replace("_", " ")
+
 
 @dataclass(frozen=True)
 class Alternative:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
-from posttrain.advisor.reading import Found, gpu_memory, model_size
+from posttrain.advisor.reading import Found, KnownModel, known_model
 from posttrain.advisor.situation import GOALS, Goal, Situation
 from posttrain.errors import UsageError
+from posttrain.estimate.device import GIB, present_device
 
 USUAL_SIZE = 7.0
 """Billions of parameters assumed where nothing says how large the model is."""
@@ -51,12 +52,11 @@ def gather(told: Told, found: Found | None = None) -> Gathered:
     Raises:
         UsageError: nothing was said, or something that cannot be.
     """
-    import psutil
-
     notes: list[str] = list(found.assumptions) if found is not None and not told.goals else []
     goals = _goals(told, found, notes)
     rows, pairs = _rows_and_pairs(told, found, goals, notes)
-    gpu_gb, gpus = _hardware(told, notes)
+    gpu_gb, gpus, ram_gb = _hardware(told, notes)
+    model = _model(told, found, notes)
     try:
         situation = Situation(
             goals=goals,
@@ -65,10 +65,11 @@ def gather(told: Told, found: Found | None = None) -> Gathered:
             thumbs=_first(told.thumbs, found.thumbs if found else 0),
             documents=_first(told.documents, found.documents if found else 0),
             tokens=_first(told.tokens, found.tokens if found else None),
-            parameters=_parameters(told, found, notes),
+            parameters=model.parameters or USUAL_SIZE,
+            model=model.sizes,
             gpu_gb=gpu_gb,
             gpus=gpus,
-            ram_gb=round(psutil.virtual_memory().total / 2**30, 1),
+            ram_gb=ram_gb,
             tasks=told.tasks or (found.tasks if found else 1),
             separate=told.separate,
             structured=told.structured,
@@ -122,27 +123,28 @@ def _rows_and_pairs(
     return rows, pairs
 
 
-def _hardware(told: Told, notes: list[str]) -> tuple[float, int]:
-    """Memory of one GPU in GiB, and the number of GPUs."""
+def _hardware(told: Told, notes: list[str]) -> tuple[float, int, float]:
+    """Memory of one GPU in GiB, the number of GPUs, and the machine's memory in GiB."""
+    here = present_device()
+    ram_gb = round(here.host_memory / GIB, 1)
     if told.gpu_gb is not None:
-        return told.gpu_gb, told.gpus or 1
-    here = gpu_memory()
-    if here:
-        gpu_gb, gpus = round(min(here), 1), told.gpus or len(here)
-        notes.append(f"Hardware is this machine's: {gpus} GPU of {gpu_gb:g} GiB.")
-        return gpu_gb, gpus
+        return told.gpu_gb, told.gpus or 1, ram_gb
+    if here.kind == "cuda":
+        gpus = told.gpus or here.count
+        notes.append(f"The hardware is this machine's: {gpus} x {here.name}, {here.gib:.0f} GiB.")
+        return round(here.gib, 1), gpus, ram_gb
     notes.append("This machine has no GPU that can be seen; --gpu-gb names another one.")
-    return 0.0, 1
+    return 0.0, 1, ram_gb
 
 
-def _parameters(told: Told, found: Found | None, notes: list[str]) -> float:
+def _model(told: Told, found: Found | None, notes: list[str]) -> KnownModel:
     if told.parameters is not None:
-        return told.parameters
-    size = model_size(told.model) if told.model is not None else found and found.parameters
-    if size:
-        return size
+        return KnownModel(told.parameters, None)
+    named = known_model(told.model) if told.model is not None else found and found.model
+    if named and named.parameters:
+        return named
     notes.append(
         f"The model is taken to have {USUAL_SIZE:g} billion parameters; --model or --parameters "
         "says otherwise."
     )
-    return USUAL_SIZE
+    return KnownModel(USUAL_SIZE, None)

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
-import shutil
-import struct
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from posttrain.advisor.situation import Goal
@@ -21,6 +16,8 @@ from posttrain.data.records import BadRecord
 from posttrain.data.rows import Document
 from posttrain.data.sources import HUB
 from posttrain.errors import DataError, ModelError
+from posttrain.estimate.architecture import Architecture, read_architecture
+from posttrain.model_reference import resolve_model
 from posttrain.recipe.base import RowFamily
 from posttrain.recipe.datasets import DatasetSpec
 from posttrain.recipe.mix import MixConfig
@@ -29,7 +26,7 @@ from posttrain.recipe.training import TrainingConfig
 
 _MOST_ROWS = 1_000_000
 """Rows counted of a dataset; no rule tells more of them apart."""
-_ROLES: dict[str, str] = {
+_ROLES: dict[RowFamily, str] = {
     "documents": "documents",
     "chats": "chats",
     "preferences": "pairs",
@@ -50,6 +47,16 @@ class Counted:
 
 
 @dataclass(frozen=True)
+class KnownModel:
+    """The size of a model, as far as it is known without loading or fetching it."""
+
+    parameters: float | None
+    """Billions."""
+    sizes: Architecture | None
+    """Its layers and widths, where its files are on this machine."""
+
+
+@dataclass(frozen=True)
 class Found:
     """What a recipe says of a situation."""
 
@@ -60,38 +67,41 @@ class Found:
     documents: int | None
     tokens: int | None
     tasks: int
-    parameters: float | None
-    """Billions; None where the model does not say."""
+    model: KnownModel
     roles: Mapping[str, str]
     """Names of the recipe's datasets by what they are for: `chats`, `documents`, `pairs`, ..."""
     assumptions: tuple[str, ...]
 
 
 def read_situation(recipe: Recipe) -> Found:
-    """Count a recipe's datasets and infer its goals.
-
-    Raises:
-        DataError: a dataset cannot be read at all.
-    """
+    """Count a recipe's datasets and infer its goals. What cannot be counted is assumed unknown."""
     trained = _trained_on(recipe)
-    counts = {name: count(spec) for name, spec in recipe.datasets.items() if name in trained}
-    notes = [
-        f"The size of `{name}` is unknown until it has been downloaded."
-        for name, counted in counts.items()
-        if counted.rows is None
-    ]
+    counts: dict[str, Counted] = {}
+    notes = []
+    for name, spec in recipe.datasets.items():
+        if name not in trained:
+            continue
+        try:
+            counts[name] = count(spec)
+            reason = "it has not been downloaded"
+        except DataError as error:
+            counts[name] = Counted(None, None)
+            reason = str(error)
+        if counts[name].rows is None:
+            notes.append(f"The size of `{name}` is unknown: {reason}.")
     roles: dict[str, str] = {}
     totals: dict[str, int | None] = {}
     for name, counted in counts.items():
-        role = _ROLES.get(counted.family or "chats", "chats")
+        role = _ROLES[counted.family or _wanted(recipe, name)]
         roles.setdefault(role, name)
         before = totals.get(role, 0)
         known = before is not None and counted.rows is not None
         totals[role] = (before or 0) + (counted.rows or 0) if known else None
     tokens = [counted.tokens for counted in counts.values() if counted.tokens is not None]
     goals = _goals(recipe, roles)
+    tasks = _tasks(recipe)
+    roles |= {f"task-{number}": name for number, name in enumerate(tasks, 1) if name in counts}
     notes.append(f"The goal is taken to be {' and '.join(sorted(goals))}; --goal says otherwise.")
-    parameters = model_size(recipe.model)
     return Found(
         goals=goals,
         rows=totals.get("chats", 0),
@@ -99,8 +109,8 @@ def read_situation(recipe: Recipe) -> Found:
         thumbs=totals.get("ratings", 0),
         documents=totals.get("documents", 0),
         tokens=sum(tokens) if tokens else None,
-        tasks=_tasks(recipe),
-        parameters=parameters,
+        tasks=max(1, len(tasks)),
+        model=known_model(recipe.model),
         roles=roles,
         assumptions=tuple(notes),
     )
@@ -128,36 +138,28 @@ def count(spec: DatasetSpec) -> Counted:
     return Counted(family, rows, tokens_of(words) if family == "documents" else None)
 
 
-def model_size(reference: str) -> float | None:
-    """Billions of parameters of a model, by its weights if they are here, else by its name.
+def known_model(reference: str) -> KnownModel:
+    """What is known of a model from its files if they are here, else from its name.
 
-    The Hub is not asked: `OWNER/NAME-7B` says it, and `OWNER/NAME` leaves it open.
+    The Hub is not asked: `OWNER/NAME-7B` says its size, and `OWNER/NAME` leaves it open.
     """
     folder = Path(reference).expanduser()
-    if folder.is_dir():
-        return _size_of_folder(folder)
-    if reference.startswith(("package:", "gguf:")) or folder.suffix == ".gguf":
-        return _size_of_gguf(reference)
+    gguf = reference.startswith(("package:", "gguf:")) or folder.suffix == ".gguf"
+    if gguf or folder.is_dir():
+        from posttrain.home import Home
+
+        try:
+            sizes = read_architecture(
+                resolve_model(reference, Home.find().store.digests) if gguf else folder
+            )
+        except ModelError:
+            return KnownModel(None, None)
+        return KnownModel(sizes.parameters / 1e9, sizes)
     match = _SIZE.search(reference.replace("_", "-"))
     if match is None:
-        return None
+        return KnownModel(None, None)
     number = float(match[1])
-    return number if match[2] in "bB" else number / 1000
-
-
-@cache
-def gpu_memory() -> tuple[float, ...]:
-    """Memory in GiB of each NVIDIA GPU that a process started here would see."""
-    from posttrain.hardware import gpu_names
-
-    if not gpu_names() or shutil.which("nvidia-smi") is None:
-        return ()
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        return tuple(float(line) / 1024 for line in done.stdout.split() if line.strip())
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return ()
+    return KnownModel(number if match[2] in "bB" else number / 1000, None)
 
 
 def _trained_on(recipe: Recipe) -> set[str]:
@@ -174,6 +176,14 @@ def _trained_on(recipe: Recipe) -> set[str]:
     return names or set(recipe.datasets)
 
 
+def _wanted(recipe: Recipe, dataset: str) -> RowFamily:
+    """What the stage that learns from a dataset needs it to be."""
+    for stage in recipe.stages:
+        if isinstance(stage, TrainingConfig) and dataset in recipe.made_of(stage.dataset):
+            return stage.family
+    return "chats"
+
+
 def _goals(recipe: Recipe, roles: Mapping[str, str]) -> frozenset[Goal]:
     kinds = {stage.stage for stage in recipe.stages}
     goals: set[Goal] = set()
@@ -186,47 +196,8 @@ def _goals(recipe: Recipe, roles: Mapping[str, str]) -> frozenset[Goal]:
     return frozenset(goals)
 
 
-def _tasks(recipe: Recipe) -> int:
-    """Sources of the largest mix that names its tasks by prefixes."""
+def _tasks(recipe: Recipe) -> list[str]:
+    """Datasets of the largest mix that names its tasks by prefixes."""
     mixes = [stage for stage in recipe.stages if isinstance(stage, MixConfig)]
-    named = [sum(source.prefix is not None for source in stage.sources) for stage in mixes]
-    return max([1, *named])
-
-
-def _size_of_folder(folder: Path) -> float | None:
-    """From the headers of its safetensors files: 8 bytes of length, then JSON."""
-    total = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, 100_000_000)))
-        except (OSError, ValueError, struct.error):
-            return None
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                total += _product(tensor["shape"])
-    return total / 1e9 if total else None
-
-
-def _size_of_gguf(reference: str) -> float | None:
-    from gguf import GGUFReader
-
-    from posttrain.home import Home
-    from posttrain.model_reference import resolve_model
-
-    try:
-        model = resolve_model(reference, Home.find().store.digests)
-        return (
-            float(sum(int(tensor.n_elements) for tensor in GGUFReader(model.location).tensors))
-            / 1e9
-        )
-    except (ModelError, OSError, ValueError):
-        return None
-
-
-def _product(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
+    named = [[one.dataset for one in stage.sources if one.prefix is not None] for stage in mixes]
+    return max(named, key=len, default=[])

@@ -61,7 +61,7 @@ def _memory(stage: TrainingConfig, where: str, advice: Advice) -> Iterator[Remar
     """What is trained, against the memory and the number of rows."""
     situation = advice.situation
     weights = _weights(stage)
-    if not memory.fits(weights, situation.parameters, situation.device):
+    if not memory.fits(weights, situation.sizes, situation.device):
         needed = _needed(weights, situation)
         smaller = "QLoRA: `quantization: {type: nf4}`" if weights == "lora" else "an adapter"
         if weights == "qlora":
@@ -166,8 +166,8 @@ def _method(recipe: Recipe, advice: Advice) -> Iterator[Remark]:
         yield Remark(
             "warning",
             "stages",
-            "knowledge is the goal, and SFT alone learns unknown facts slowly and teaches to make "
-            "them up",
+            "knowledge is the goal, and SFT alone learns unknown facts slowly and encourages to "
+            "invent others",
             "put `pretrain` on raw text before `sft`, or add retrieval",
         )
     if "pretrain" in kinds and "sft" not in kinds[kinds.index("pretrain") :]:
@@ -244,10 +244,10 @@ def _proof(recipe: Recipe) -> Iterator[Remark]:
 
 def _needed(weights: memory.Weights, situation: Situation) -> float:
     """GiB a device, by the measure that decides whether it fits."""
-    device = situation.device
     if weights == "qlora":
         return situation.qlora_gb
-    return memory.need(weights, situation.parameters, device, sharded=device.count > 1).total_gb
+    several = situation.device.count > 1
+    return memory.need(weights, situation.sizes, situation.device, sharded=several)
 
 
 def _weights(stage: TrainingConfig) -> memory.Weights:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from posttrain.advisor import memory
+from posttrain.estimate.architecture import Architecture
 
 Goal = Literal["format", "domain", "instructions", "alignment", "knowledge"]
 
@@ -43,6 +44,8 @@ class Situation:
     """Tokens of the documents, where they are known."""
     parameters: float = 7.0
     """Size of the base model in billions of parameters."""
+    model: Architecture | None = None
+    """The base model's sizes, where they are known. Default: a usual model of `parameters`."""
     gpu_gb: float = 0.0
     """Memory of one GPU in GiB; 0 means that there is none."""
     gpus: int = 1
@@ -121,31 +124,41 @@ class Situation:
         return self.device.gb
 
     @property
+    def sizes(self) -> Architecture:
+        """The base model's sizes, known or usual."""
+        return self.model or memory.typical(self.parameters)
+
+    @property
     def full_gb(self) -> float:
         """GiB a device that training all weights needs, divided over all devices by ZeRO-3."""
-        return memory.need("full", self.parameters, self.device, sharded=True).total_gb
+        return memory.need("full", self.sizes, self.device, sharded=self.device.count > 1)
 
     @property
     def lora_gb(self) -> float:
         """GiB a device that LoRA on an unquantized base needs, undivided."""
-        return memory.need("lora", self.parameters, self.device).total_gb
+        return memory.need("lora", self.sizes, self.device)
 
     @property
     def qlora_gb(self) -> float:
         """GiB a device that QLoRA needs at one row a pass."""
-        return memory.need("qlora", self.parameters, self.device, rows=1).total_gb
+        return memory.need("qlora", self.sizes, self.device, rows=1)
 
     @property
     def full_fits(self) -> bool:
         """Whether all weights can be trained with room to spare."""
-        return memory.fits("full", self.parameters, self.device)
+        return memory.fits("full", self.sizes, self.device)
 
     @property
     def lora_fits(self) -> bool:
         """Whether LoRA on an unquantized base can be trained with room to spare."""
-        return memory.fits("lora", self.parameters, self.device)
+        return memory.fits("lora", self.sizes, self.device)
 
     @property
     def qlora_fits(self) -> bool:
         """Whether QLoRA can be trained at all."""
-        return memory.fits("qlora", self.parameters, self.device)
+        return memory.fits("qlora", self.sizes, self.device)
+
+    @property
+    def largest(self) -> float:
+        """Billions of parameters of the largest usual model that QLoRA fits."""
+        return memory.largest_model(self.device)

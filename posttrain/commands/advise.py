@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -143,7 +143,12 @@ def _as_json(
     advice: Advice, drafted: Draft, remarks: tuple[Remark, ...], assumptions: tuple[str, ...]
 ) -> dict[str, object]:
     situation = advice.situation
-    facts = {**asdict(situation), "goals": sorted(situation.goals)}
+    facts = {
+        field.name: getattr(situation, field.name)
+        for field in fields(situation)
+        if field.name != "model"
+    }
+    facts["goals"] = sorted(situation.goals)
     memory = {
         "device": situation.device.kind,
         "gib": situation.memory_gb,
@@ -247,7 +252,7 @@ def _settings(advice: Advice, drafted: Draft) -> Table:
         if isinstance(stage, TrainingConfig):
             table.add_row(stage.stage, ", ".join(_resolved(stage)))
     for missing in drafted.missing:
-        known = [f"{one.key.partition('.')[2]} {one.value}" for one in advice.settings]
+        known = [f"{one.name} {one.value}" for one in advice.settings]
         mine = [
             text for text, one in zip(known, advice.settings, strict=True) if one.stage == missing
         ]
@@ -270,7 +275,7 @@ def _resolved(stage: TrainingConfig) -> list[str]:
     rate, optimization = stage.learning_rate, stage.optimization
     parts += [
         f"learning rate {rate:g} ({optimization.scheduler}, warmup {optimization.warmup:g})",
-        f"{stage.epochs:g} epochs",
+        "1 epoch" if stage.epochs == 1 else f"{stage.epochs:g} epochs",
         f"batch of {stage.batching.batch_size}",
         f"rows up to {stage.batching.max_length} tokens",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -135,8 +136,9 @@ def _ask(
     streams: bool,
 ) -> list[Answer]:
     """The answers of each voice to all prompts; on a terminal, seen while they are written."""
-    # Libraries read it on import.
+    # Libraries read it on import; what bitsandbytes misses is for 4-bit weights alone.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from posttrain.generation import Generator
     from posttrain.train.processes import prepare_libraries
 
@@ -214,7 +216,7 @@ def _show_adapters(facts: Sequence[AdapterFacts]) -> None:
             str(one.rank or ""),
             _millions(one.trained_parameters),
             _losses(one),
-            one.base,
+            one.base.removesuffix(".gguf"),
             one.made[:16].replace("T", " "),
             f"{one.size / 1e6:,.1f} MB",
         )

@@ -11,8 +11,11 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +29,8 @@ from posttrain.launch.outcome import Ending, check_ending
 from posttrain.launch.reaper import read_status
 from posttrain.recipe.training import Launch
 from posttrain.stages.program import StageJob
+
+_POLL_S = 0.5
 
 
 def main() -> NoReturn:
@@ -51,19 +56,26 @@ def join(stage_dir: Path) -> None:
         StageFailed: the ranks of this machine ended with an error; their log is kept.
         StageInterrupted: the run was stopped.
     """
-    program = program_to_join(stage_dir)
+    take_part(program_to_join(stage_dir))
+
+
+def take_part(program: Program) -> None:
+    """Run this machine's ranks of a program that another machine runs, too.
+
+    When the run is over there, what still works here after the grace period is killed: a rank that
+    waits for one that is gone may wait for hours.
+    """
     folder = Path(tempfile.mkdtemp(prefix="posttrain-join-"))
     # A pair of sockets is a pipe whose ends close themselves on any way out of this block.
     alive, watched = socket.socketpair()
     with alive, watched:
         reaper = start_reaper(program, watched.fileno(), folder)
         try:
-            code = reaper.wait()
-        except BaseException:
+            _wait_for_end(reaper, program)
+        finally:
             alive.close()
             reaper.wait()
-            raise
-    ending = Ending(read_status(folder), code, errors=(), log_offset=0)
+    ending = Ending(read_status(folder), reaper.returncode, errors=(), log_offset=0)
     check_ending(program, ending, folder / program.log.name, done=True)
     shutil.rmtree(folder)
 
@@ -95,6 +107,19 @@ def program_to_join(stage_dir: Path) -> Program:
         env={k: v for k, v in allocator_settings().items() if k not in os.environ},
         name=job.name,
     )
+
+
+def _wait_for_end(reaper: subprocess.Popen[bytes], program: Program) -> None:
+    """Return when the ranks here have ended, or a while after those of the first machine."""
+    deadline = float("inf")
+    while time.monotonic() < deadline:
+        with suppress(subprocess.TimeoutExpired):
+            reaper.wait(_POLL_S)
+            return
+        # The folder goes away when its stage is published.
+        over = not program.stage_dir.exists() or read_status(program.stage_dir) is not None
+        if over and deadline == float("inf"):
+            deadline = time.monotonic() + program.grace_s
 
 
 if __name__ == "__main__":

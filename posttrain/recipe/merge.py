@@ -107,8 +107,8 @@ class MergeConfig(StageConfig):
     seed: int = 0
     """Of DARE: decides which changes are dropped."""
     quantization: Quantization | None = None
-    """Filled in from the stage that trained the adapter: the merged model is compared with the
-    4-bit model that was trained."""
+    """Not for recipes: filled in from the stage that trained the adapter, so that the merged model
+    is compared with the 4-bit model that was trained."""
     check_prompts: Annotated[int, Field(ge=1, le=64)] = 4
     """Held-out rows on which adapter and merged model must agree."""
     perplexity_rows: PositiveInt = 64

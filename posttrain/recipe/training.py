@@ -190,7 +190,10 @@ class TrainingConfig(StageConfig):
             raise ValueError("write `full: {}`, or how to divide it: `full: {zero: 3}`")
         rest["adapter"] = None
         if full:
-            rest["launch"] = {**(rest.get("launch") or {}), "sharding": full}
+            launch = rest.get("launch") or {}
+            if isinstance(launch, dict) and launch.get("sharding") is not None:
+                raise ValueError("`full` and `launch.sharding` both say how to shard: keep one")
+            rest["launch"] = {**launch, "sharding": full}
         return rest
 
     @model_validator(mode="after")
@@ -208,6 +211,16 @@ class TrainingConfig(StageConfig):
             raise ValueError(
                 "virtual tokens stand before each row, so rows cannot be packed: write "
                 "`batching: {packing: false}`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_is_whole(self) -> Self:
+        sharding = self.launch.sharding
+        if self.quantization is not None and sharding and (sharding.zero == 3 or sharding.fsdp):
+            raise ValueError(
+                "`quantization` packs weights into bytes, which ZeRO-3 and FSDP cannot divide: "
+                "write `sharding: {zero: 2}`"
             )
         return self
 

@@ -149,8 +149,9 @@ def _fold_headline(
         text += f"; rounding to 16 bits adds {rounding:.2g}"
     if quantized is not None:
         text += (
-            f"; from the 4-bit model that was trained by at most {quantized.largest:.2g}, "
-            f"{quantized.mean:.2g} on average, perplexity {three_digits(metrics['perplexity'])} "
+            f"; from the 4-bit model that was trained by at most {quantized.largest:.2g} (mean "
+            f"{quantized.mean:.2g}, divergence {quantized.divergence:.2g} nats a token), "
+            f"perplexity {three_digits(metrics['perplexity'])} "
             f"(4-bit {three_digits(metrics['quantized_perplexity'])})"
         )
     return text

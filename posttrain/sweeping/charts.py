@@ -21,6 +21,10 @@ _LOG_FROM = 4
 """Positive numbers are spaced by powers where the largest is this many times the smallest."""
 _MOST_TICKS = 9
 _MOST_CURVES = 30
+_MOST_NAMED = 8
+"""Curves that have their names beside them; of more, the names would hide each other."""
+_CHARACTER, _LINE = 7.5, 15
+"""Width and height of the text, in the chart's units."""
 
 
 @dataclass(frozen=True)
@@ -65,38 +69,47 @@ def curve_chart(record: SweepRecord) -> Markup | None:
     drawn = [trial for trial in record.trials if len(trial.losses) > 1][-_MOST_CURVES:]
     if not drawn:
         return None
-    points = {t.number: [(float(x.step), x.loss) for x in t.losses] for t in drawn}
-    every = [loss for curve in points.values() for _, loss in curve]
-    last = max(step for curve in points.values() for step, _ in curve)
+    names = [trial.label for trial in drawn] if len(drawn) <= _MOST_NAMED else []
+    right = _RIGHT - min(_CHARACTER * max(map(len, names), default=0), (_RIGHT - _LEFT) / 3)
+    last = max(trial.losses[-1].step for trial in drawn)
     across = _Axis(
-        lambda step: _LEFT + (_RIGHT - _LEFT) * step / last,
+        lambda step: _LEFT + (right - _LEFT) * step / last,
         tuple((tick, f"{tick:,.0f}") for tick in _round_ticks(0, last) if tick == int(tick)),
     )
+    every = [loss.loss for trial in drawn for loss in trial.losses]
     up = _vertical(min(every), max(every))
     parts = _frame(up, across)
-    for trial in drawn:
-        parts.append(_curve(trial, points[trial.number], across, up, record))
+    parts += [_curve(trial, across, up, record) for trial in drawn]
+    if names:
+        parts += _names(drawn, across, up)
     parts.append(_title("held-out loss by optimizer step"))
     return _svg(parts, "Held-out loss of each trial by optimizer step")
 
 
-def _curve(
-    trial: Trial,
-    points: Sequence[tuple[float, float]],
-    across: _Axis,
-    up: _Axis,
-    record: SweepRecord,
-) -> Markup:
+def _names(trials: Sequence[Trial], across: _Axis, up: _Axis) -> list[Markup]:
+    """The label of each trial at the end of its curve, moved down where another one is."""
+    parts: list[Markup] = []
+    taken: list[tuple[float, float]] = []
+    for trial in sorted(trials, key=lambda trial: -trial.losses[-1].loss):
+        end = trial.losses[-1]
+        x, y = across.place(end.step) + _CHARACTER, up.place(end.loss) + 4
+        while any(abs(x - other) < 1 and y < line + _LINE for other, line in taken):
+            y = max(line for other, line in taken if abs(x - other) < 1) + _LINE
+        taken.append((x, y))
+        parts.append(Markup('<text x="{:.1f}" y="{:.1f}">{}</text>').format(x, y, trial.label))
+    return parts
+
+
+def _curve(trial: Trial, across: _Axis, up: _Axis, record: SweepRecord) -> Markup:
     chosen = record.choice is not None and trial.number == record.choice.number
     kind = "chosen" if chosen else trial.status
-    path = " ".join(f"{across.place(step):.1f},{up.place(loss):.1f}" for step, loss in points)
-    step, loss = points[-1]
-    end = Markup("")
-    if trial.status == "pruned":
-        end = _cross(across.place(step), up.place(loss))
-    return Markup('<g class="curve {}"><title>{}: {:.4f} at step {:.0f}</title>'
+    places = [(across.place(loss.step), up.place(loss.loss)) for loss in trial.losses]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    last = trial.losses[-1]
+    end = _cross(*places[-1]) if trial.status == "pruned" else Markup("")
+    return Markup('<g class="curve {}"><title>{}: {:.4f} at step {}</title>'
                   '<polyline points="{}"/>{}</g>').format(
-        kind, trial.label, loss, step, path, end
+        kind, trial.label, last.loss, last.step, path, end
     )  # fmt: skip
 
 
@@ -217,7 +230,21 @@ def _across(values: Sequence[JsonValue]) -> _Axis:
         log = _by_powers(numbers)
         chosen = _powers(min(numbers), max(numbers)) if log else _round_ticks(low, high)
         ticks = [(math.log2(n) if log else n, f"{n:g}") for n in chosen]
-    return _Axis(place, tuple(ticks))
+    return _Axis(place, _readable(ticks, place))
+
+
+def _readable(
+    ticks: Sequence[tuple[float, str]], place: Callable[[float], float]
+) -> tuple[tuple[float, str], ...]:
+    """The ticks, without those whose text would run into the one before."""
+    kept: list[tuple[float, str]] = []
+    end = -math.inf
+    for at, text in ticks:
+        half = len(text) * _CHARACTER / 2
+        if place(at) - half >= end:
+            kept.append((at, text))
+            end = place(at) + half + _CHARACTER
+    return tuple(kept)
 
 
 def _numbers(values: Sequence[JsonValue]) -> list[float] | None:

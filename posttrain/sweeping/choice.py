@@ -180,9 +180,11 @@ def choose(trials: Sequence[Trial], maximize: bool) -> Pick | None:
         return None
     ordered = [key for key in best.values if _has_simpler_end(key, trials)]
     if not ordered:
-        keys = " and ".join(f"`{key}`" for key in best.values)
-        has = "has none" if len(best.values) == 1 else "have none"
-        reason = f"the best; the rule of one standard error needs a simpler end, and {keys} {has}"
+        keys = " and ".join(key.rpartition(".")[2] for key in best.values)
+        reason = (
+            f"the best; the rule of one standard error does not apply, because of {keys} no value "
+            "makes a simpler model than another"
+        )
         return Pick(best.number, best.number, "best", reason)
     others = [trial for trial in trials if trial.value is not None and trial != best]
     if others and all(trial.standard_error is None for trial in others):

@@ -24,7 +24,7 @@ def page_html(record: SweepRecord) -> str:
         record=record,
         keys=list(short_keys(record.keys).values()),
         rows=[(marks(record, trial), trial, table_row(record, trial)) for trial in record.trials],
-        head=_HEAD,
+        head=table_head(record)[len(record.keys) :],
         charts=[key_chart(record, key) for key in record.keys] if known else [],
         curves=curve_chart(record),
         chosen=label(record.choice.values) if record.choice else None,
@@ -36,9 +36,9 @@ def page_html(record: SweepRecord) -> str:
 def table_markdown(record: SweepRecord) -> str:
     """The choice and the table, for pages that take Markdown."""
     lines = [f"**{_cell(headline(record))}**", "", state_line(record), ""]
-    head = ["", *short_keys(record.keys).values(), *_HEAD]
+    head = ["", *table_head(record)]
     lines += [f"| {' | '.join(head)} |"]
-    lines += ["|---|" + "---|" * len(record.keys) + "---:|" * (len(_HEAD) - 1) + "---|"]
+    lines += ["|---|" + "---|" * len(record.keys) + "---:|" * len(_HEAD) + "---|"]
     for trial in record.trials:
         cells = [marks(record, trial), *table_row(record, trial)]
         lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
@@ -48,7 +48,7 @@ def table_markdown(record: SweepRecord) -> str:
     return "\n".join(lines) + "\n"
 
 
-_HEAD = ("value", "worse by", "standard error", "seconds", "ended")
+_HEAD = ("worse by", "standard error", "seconds", "ended")
 
 
 def table_row(record: SweepRecord, trial: Trial) -> Row:
@@ -67,7 +67,8 @@ def table_row(record: SweepRecord, trial: Trial) -> Row:
 
 def table_head(record: SweepRecord) -> Row:
     """Names of the columns of `table_row`."""
-    return (*short_keys(record.keys).values(), *_HEAD)
+    metric = record.objective.partition(".")[2]
+    return (*short_keys(record.keys).values(), metric, *_HEAD)
 
 
 def marks(record: SweepRecord, trial: Trial) -> str:

@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.errors import PosttrainError, StageFailed, UsageError
+from posttrain.errors import PosttrainError, RecipeError, StageFailed, UsageError
 from posttrain.execute import StageObserver
 from posttrain.home import Home
+from posttrain.pipeline import Pipeline
 from posttrain.run import PipelineRun
 from posttrain.store import Artifact
 from posttrain.store.files import write_bytes
@@ -217,19 +218,12 @@ class SweepRun(PipelineRun):
         *,
         prune: bool,
     ) -> TrialRun:
-        name = proposal.label if seed is None else f"{proposal.label}, seed {seed}"
-        pipeline = self.plan.open_trial(proposal.values, seed, self.home.store)
-        others = [trial for trial in self.result.trials if trial.number != proposal.number]
-        give_up = (lambda losses: study.hopeless(losses, others)) if prune else None
-        watch = ObjectiveWatch(self.plan.objective.step, self.home.store, give_up)
-        trial = TrialPipeline(
-            self.home,
-            pipeline,
-            name=name,
-            shared=self.outcomes,
-            watch=watch,
-            on_record=lambda found: self.record({f"{k} ({name})": v for k, v in found.items()}),
-        )
+        overrides = self.plan.overrides_of(proposal.values, seed)
+        try:
+            pipeline = self.plan.open_trial(proposal.values, seed, self.home.store)
+        except RecipeError as error:  # values that were drawn and do not go together
+            return TrialRun(seed=seed, overrides=overrides, status="failed", message=str(error))
+        trial = self._trial(proposal, seed, pipeline, prune)
         begin = time.monotonic()
         status: TrialStatus = "complete"
         message = ""
@@ -242,26 +236,44 @@ class SweepRun(PipelineRun):
             status, message = "pruned", str(stop)
         except StageFailed as error:
             status, message = "failed", str(error)
-        own = [trial.outcomes[step.name] for step in self.plan.own_steps(pipeline)
-               if step.name in trial.outcomes]  # fmt: skip
-        artifact = trial.artifacts.get(self.plan.objective.step)
-        return TrialRun(
+        done = TrialRun(
             seed=seed,
-            overrides=self.plan.overrides_of(proposal.values, seed),
+            overrides=overrides,
             status=status,
-            reused=status == "complete" and all(o.status == "reused" for o in own),
-            value=self._objective_of(artifact) if artifact is not None else None,
-            fingerprint=watch.fingerprint,
-            artifact=str(artifact.path) if artifact is not None else None,
-            losses=watch.curve.losses,
-            seconds=round(
-                sum(o.artifact.manifest.seconds for o in own)
-                if status == "complete"
-                else time.monotonic() - begin,
-                1,
-            ),
+            fingerprint=trial.watch.fingerprint,
+            losses=trial.watch.curve.losses,
+            seconds=round(time.monotonic() - begin, 1),
             mlflow_run_id=trial.tracker.run_id,
             message=message,
+        )
+        return self._with_result(done, trial) if status == "complete" else done
+
+    def _trial(
+        self, proposal: Proposal, seed: int | None, pipeline: Pipeline, prune: bool
+    ) -> TrialPipeline:
+        name = proposal.label if seed is None else f"{proposal.label}, seed {seed}"
+        others = [trial for trial in self.result.trials if trial.number != proposal.number]
+        give_up = (lambda losses: study.hopeless(losses, others)) if prune else None
+        return TrialPipeline(
+            self.home,
+            pipeline,
+            name=name,
+            shared=self.outcomes,
+            watch=ObjectiveWatch(self.plan.objective.step, self.home.store, give_up),
+            on_record=lambda found: self.record({f"{k} ({name})": v for k, v in found.items()}),
+        )
+
+    def _with_result(self, run: TrialRun, trial: TrialPipeline) -> TrialRun:
+        """What the artifacts of a complete trial say, whenever they were made."""
+        own = [trial.outcomes[step.name] for step in self.plan.own_steps(trial.pipeline)]
+        artifact = trial.artifacts[self.plan.objective.step]
+        return run.model_copy(
+            update={
+                "reused": all(outcome.status == "reused" for outcome in own),
+                "value": self._objective_of(artifact),
+                "artifact": str(artifact.path),
+                "seconds": round(sum(o.artifact.manifest.seconds for o in own), 1),
+            }
         )
 
     def _objective_of(self, artifact: Artifact) -> float:

@@ -129,7 +129,7 @@ class TrialPipeline(PipelineRun):
         """
         super().__init__(home, pipeline, outcomes=dict(shared))
         self._name = name
-        self._watch = watch
+        self.watch = watch
         self._on_record = on_record
 
     def open_in(self, parent: str | None, number: int, values: Point, seed: int | None) -> None:
@@ -162,7 +162,7 @@ class TrialPipeline(PipelineRun):
             StageInterrupted: its program was stopped.
             TrialPruned: the trial is hopeless.
         """
-        return super().execute(step, [*observers, self._watch])
+        return super().execute(step, [*observers, self.watch])
 
     def record(self, artifacts: Mapping[str, Artifact]) -> None:
         """Leave it to the sweep, which is one run and not many."""

@@ -50,16 +50,14 @@ def ia3_targets(
     if scaled is not None:
         chosen = feedforward if feedforward is not None else {*outputs, *known.feedforward}
         return Ia3Targets(scaled, tuple(name for name in scaled if name in chosen))
-    keys_and_values = tuple(
-        name for name in layer_names(model) if _KEYS_AND_VALUES.fullmatch(name)
-    )
+    keys_and_values = tuple(name for name in layer_names(model) if _KEYS_AND_VALUES.fullmatch(name))
     if len(keys_and_values) >= 2 and outputs:
         return Ia3Targets((*keys_and_values, *outputs), outputs)
     if known.scaled:
         return known
     raise ModelError(
-        f"adapter.target_modules: cannot tell which layers of a {model.config.model_type} model are "
-        "keys, values and the feed-forward output; name them in `target_modules`, and the latter "
+        f"adapter.target_modules: cannot tell which layers of a {model.config.model_type} model "
+        "are keys, values and the feed-forward output; name them in `target_modules`, and the latter "
         f"in `feedforward_modules` as well. Its linear layers are {', '.join(layer_names(model))}"
     )
 

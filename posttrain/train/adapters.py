@@ -88,7 +88,9 @@ def add_adapter(
     return adapted
 
 
-def adapter_callbacks(model: PreTrainedModel, config: AdapterConfig | None) -> list[TrainerCallback]:
+def adapter_callbacks(
+    model: PreTrainedModel, config: AdapterConfig | None
+) -> list[TrainerCallback]:
     """What must happen around the steps for the adapter's sake."""
     if not isinstance(config, AdaLoraConfig):
         return []
@@ -113,7 +115,9 @@ def keep_dtypes(model: Module) -> Iterator[None]:
     Updates below 1/256 of a weight would then be rounded away, and a CPU would compute in an
     emulated format; in float32 under autocast the adapter costs a few megabytes more.
     """
-    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    kept = [
+        (parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad
+    ]
     yield
     for parameter, data in kept:
         if parameter.dtype != data.dtype:
@@ -310,9 +314,7 @@ def _prompt(model: PreTrainedModel, config: PromptTuningConfig) -> PeftConfig:
     )
 
 
-def _check_names(
-    model: Module, key: str, names: tuple[str, ...] | str | None
-) -> None:
+def _check_names(model: Module, key: str, names: tuple[str, ...] | str | None) -> None:
     """Refuse names that peft would pass over as long as another one matches."""
     if names is None or isinstance(names, str):
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,15 @@ class History:
         ]
         return cls(tuple(steps), tuple(held_out))
 
+    @classmethod
+    def read(cls, folder: Path) -> History:
+        """Read `training.json` of a trained artifact."""
+        record = json.loads((folder / "training.json").read_bytes())
+        return cls(
+            steps=tuple(Step(**step) for step in record["steps"]),
+            held_out=tuple(HeldOut(**evaluation) for evaluation in record["held_out"]),
+        )
+
     @property
     def before(self) -> float:
         """Held-out loss before the first step."""
@@ -93,3 +104,18 @@ class History:
         last = self.steps[-max(1, len(self.steps) // 10) :]
         tokens = sum(step.trained_tokens for step in last)
         return sum(step.loss * step.trained_tokens for step in last) / tokens
+
+
+def loss_markdown(folder: Path) -> str:
+    """The held-out losses of a trained artifact as a table, and where its plot is."""
+    history = History.read(folder)
+    tasks = list(history.held_out[0].tasks)
+    lines = [
+        "| step | held-out loss |" + "".join(f" {task} |" for task in tasks),
+        "|---:|---:|" + "---:|" * len(tasks),
+    ]
+    for evaluation in history.held_out:
+        kept = " (kept)" if evaluation.step == history.best.step else ""
+        cells = "".join(f" {evaluation.tasks[task]:.4f} |" for task in tasks)
+        lines.append(f"| {evaluation.step}{kept} | {evaluation.loss:.4f} |{cells}")
+    return "\n".join(lines) + f"\n\nThe plot: `{folder / 'loss.html'}`"

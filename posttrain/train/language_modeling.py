@@ -19,6 +19,7 @@ from posttrain.train.checkpoints import newest_complete, remove_incomplete
 from posttrain.train.held_out import HELD_OUT_ROWS, HeldOut
 from posttrain.train.loss_page import LOSS_PAGE, write_loss_page
 from posttrain.train.processes import leave_process_group, prepare_libraries, world_size
+from posttrain.train.resources import Resources
 from posttrain.train.rows import (
     ROW_ACCOUNT,
     Encodings,
@@ -32,6 +33,7 @@ from posttrain.train.sharding import (
     adapters_in_float32,
     complete_weights,
     join_adapter,
+    keep_outputs_precise,
     loading_dtype,
     prepare_sharding,
 )
@@ -89,15 +91,25 @@ def train(context: StageContext[Config]) -> StageResult | None:
 
 
 def _train(context: StageContext[Config]) -> StageResult | None:
+    from posttrain.train.probe import within_memory
+
     data = _read(context)
     if context.rank == 0:
         remove_incomplete(context.checkpoints)
-    trainer, report = _make_trainer(context, data, context.config.micro_batch_size)
-    history = run_to_end(trainer, newest_complete(context.checkpoints))
-    _save(context, trainer, data.tokenizer)
-    if context.rank != 0:
-        return None
-    return _leave_output(context, data, trainer, history, report)
+    resources = Resources.watch(context, data.table)
+
+    def attempt(micro_batch_size: int) -> StageResult | None:
+        resources.micro_batch_size = micro_batch_size
+        trainer, report = _make_trainer(context, data, micro_batch_size)
+        say(context, "training")
+        history = run_to_end(trainer, newest_complete(context.checkpoints))
+        _save(context, trainer, data.tokenizer)
+        if context.rank != 0:
+            return None
+        return _leave_output(context, data, trainer, history, report)
+
+    result = within_memory(context, attempt)
+    return None if result is None else resources.leave(context.output, result)
 
 
 def _read(context: StageContext[Config]) -> TrainingData:
@@ -169,6 +181,7 @@ def _make_trainer(
     """A trainer that is ready to start, or to go on from the newest checkpoint."""
     from posttrain.train.adapters import adapter_callbacks, check_trainable, count_trainable
     from posttrain.train.callbacks import ReportProgress, training_callbacks
+    from posttrain.train.probe import ProbeMemory
     from posttrain.train.trainer import TokenWeightedTrainer
 
     config = context.config
@@ -181,10 +194,11 @@ def _make_trainer(
         resolve_dtype(config.dtype),
         resumed=newest_complete(context.checkpoints) is not None,
     )
+    say(context, "loading the model")
     model = _load_model(context, schedule.steps)
     trainable = count_trainable(model)
     check_trainable(trainable, adapter=config.adapter is not None)
-    say(context, f"training: {trainable}")
+    say(context, f"ready: {trainable}")
     report = ReportProgress(context.events, config.launch.log_every_steps)
 
     def describe_rows(step: int) -> str:
@@ -201,6 +215,8 @@ def _make_trainer(
         held_out=data.held_out,
         callbacks=[*callbacks, *adapter_callbacks(model, config.adapter)],
     )
+    keep_outputs_precise(trainer)
+    trainer.add_callback(ProbeMemory(trainer, data.table))
     return trainer, report
 
 

@@ -168,6 +168,7 @@ def combine_adapters(
             combination_type=config.method,
             density=config.models[0].kept if config.sparsifies else None,
             svd_rank=config.rank,
+            svd_full_matrices=False,  # the vectors beyond the smaller side are never used
         )
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
         raise ModelError(f"peft cannot combine these adapters: {error}") from error

@@ -13,7 +13,7 @@ from posttrain.store.files import write_json
 from posttrain.train.adapters import Trainable
 from posttrain.train.checkpoints import is_last
 from posttrain.train.history import History
-from posttrain.train.sharding import divide_untrained
+from posttrain.train.sharding import check_division, divide_untrained
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -29,6 +29,8 @@ def run_to_end(trainer: Trainer, checkpoint: Path | None) -> History:
         trainer: Made with `load_best_model_at_end`.
         checkpoint: The newest complete checkpoint, or None.
     """
+    if checkpoint is not None:
+        check_division(trainer, checkpoint)
     if checkpoint is None:
         trainer.train()
     elif is_last(checkpoint):

@@ -18,6 +18,7 @@ from trl import SFTTrainer
 
 from posttrain.train.adapters import keep_dtypes
 from posttrain.train.held_out import HeldOut
+from posttrain.train.sharding import remember_division
 from posttrain.train.tokenize import IGNORED
 
 
@@ -92,6 +93,7 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         """
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         folder.mkdir(parents=True, exist_ok=True)
+        remember_division(self, folder)
         super()._save_checkpoint(model, trial)
 
     def create_model_card(self, *_args: object, **_kwargs: object) -> None:

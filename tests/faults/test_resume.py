@@ -21,6 +21,8 @@ from tests.unit.train.programs import (
     sft_stage_dir,
     start,
 )
+from tests.unit.train.test_methods import METHODS
+from tests.unit.train.test_pretrain import make_documents, pretrain_stage_dir
 
 # 60 steps of about 20 ms and a checkpoint every fourth, so that a kill falls between two.
 LONG = {"epochs": 20, "validation": {"every_steps": 4, "patience": None}}
@@ -97,6 +99,35 @@ def finished(tiny_model: Path, tmp_path: Path) -> Path:
     stage_dir = sft_stage_dir(tmp_path / "sft", tiny_model, make_dataset(tmp_path / "data"))
     run("sft", stage_dir)
     return stage_dir
+
+
+@pytest.mark.parametrize("method", ["documents in blocks", "adalora", "pissa", "pfeiffer"])
+def test_a_killed_run_of_any_method_ends_in_the_bytes_of_an_uninterrupted_one(
+    method: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    def prepared(name: str) -> tuple[str, Path]:
+        if method == "documents in blocks":
+            dataset = make_documents(tmp_path / name / "data")
+            settings = {"validation": {"every_steps": 4, "patience": None}}
+            stage_dir = tmp_path / name / "run"
+            return "pretrain", pretrain_stage_dir(stage_dir, tiny_model, dataset, **settings)
+        dataset = make_dataset(tmp_path / name / "data")
+        adapter = METHODS[method]["adapter"]
+        stage_dir = tmp_path / name / "run"
+        return "sft", sft_stage_dir(stage_dir, tiny_model, dataset, adapter=adapter, **LONG)
+
+    stage, whole = prepared("whole")
+    _, broken = prepared("broken")
+    first = start(stage, broken)
+    try:
+        wait_for_step(first, broken, 14)
+    finally:
+        first.kill()
+        first.wait()
+    assert read_result(broken) is None
+    run(stage, broken)
+    run(stage, whole)
+    assert digests_of(broken / "output") == digests_of(whole / "output")
 
 
 def test_a_run_killed_after_its_last_step_is_not_trained_further(finished: Path) -> None:

@@ -176,6 +176,7 @@ def test_folding_knows_how_the_base_was_held_in_training(open_recipe: Any) -> No
         ({"models": BOTH, "method": "ties", "rank": 4}, "`rank` belongs to the methods that end"),
         ({"models": [{"model": "one", "wieght": 1}], "method": "ties"}, "did you mean `weight`"),
         ({"models": ["one", "tow"], "method": "linear"}, "no stage before this one is `tow`"),
+        ({"quantization": {}}, "is known from the stage that trained the adapter"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(

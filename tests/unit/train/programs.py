@@ -15,7 +15,7 @@ from posttrain.data.rows import Chat, Message
 from posttrain.events import EventReader, Progress
 from posttrain.stages.program import StageInput, StageJob, StageResult, read_result
 from posttrain.store.files import write_bytes
-from posttrain.train.history import HeldOut, History, Step
+from posttrain.train.history import History
 
 COLOURS = ("red", "green", "blue", "black", "white", "amber")
 THINGS = ("door", "roof", "boat", "lamp", "coat", "leaf", "road", "cup")
@@ -103,21 +103,15 @@ def progress_of(stage_dir: Path) -> list[Progress]:
 
 def history_of(stage_dir: Path) -> History:
     """The losses in `training.json`."""
-    import json
-
-    record = json.loads((stage_dir / "output" / "training.json").read_bytes())
-    return History(
-        steps=tuple(Step(**step) for step in record["steps"]),
-        held_out=tuple(HeldOut(**evaluation) for evaluation in record["held_out"]),
-    )
+    return History.read(stage_dir / "output")
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by relative path."""
+    """SHA-256 of every file below a folder, by relative path, but for the machine's measures."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != "resources.json"
     }
 
 

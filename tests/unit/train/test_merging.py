@@ -367,6 +367,17 @@ def test_combined_adapters_are_one_adapter_of_their_base(
     assert {"perplexity/chats", "perplexity/chats/a", "perplexity/chats/b"} <= set(result.metrics)
 
 
+def test_each_combined_adapter_is_measured_by_itself(
+    adapters: dict[str, Path], merge: Merge
+) -> None:
+    _, combined = merge(adapters, name="one", method="cat", models=BOTH, into="adapter")
+    _, folded = merge(adapters, name="two", method="linear", models=BOTH)
+    for name in ("perplexity/chats/a", "perplexity/chats/b", "perplexity/chats"):
+        # Concatenated with equal shares, the adapters are the mean of their changes.
+        assert combined.metrics[name] == pytest.approx(folded.metrics[name], rel=1e-4)
+    assert len({round(value, 3) for value in combined.metrics.values()}) == 3
+
+
 def test_an_adapter_combined_with_itself_is_itself(
     tiny_model: Path, adapters: dict[str, Path], merge: Merge
 ) -> None:

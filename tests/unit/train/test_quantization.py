@@ -191,7 +191,7 @@ def test_without_bitsandbytes_the_error_says_what_to_install(
     from transformers.quantizers import quantizer_bnb_4bit
 
     monkeypatch.setattr(quantizer_bnb_4bit, "is_bitsandbytes_available", lambda: False)
-    with pytest.raises(ModelError, match="install `bitsandbytes>=0.50`"):
+    with pytest.raises(ModelError, match=r"install `bitsandbytes>=0\.50`"):
         load_quantized(source, Quantization(), "float32")
 
 
