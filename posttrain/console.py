@@ -191,14 +191,16 @@ def _estimate_cells(found: StageEstimate) -> tuple[Text, ...]:
         memory += f", {found.memory.host / 2**30:.1f} in the machine's memory"
     fits = Text("yes", style="green") if found.fits else Text("no", style="bold red")
     time = "unknown" if found.seconds is None else f"about {_duration(found.seconds)}"
-    return (Text(share), Text(memory), fits, Text(f"{found.steps:,}"), Text(time))
+    steps = "unknown" if found.steps is None else f"{found.steps:,}"
+    return (Text(share), Text(memory), fits, Text(steps), Text(time))
 
 
 def _duration(seconds: float) -> str:
     """Two significant figures, in the unit that a person would say."""
     for unit, size in (("days", 86_400), ("hours", 3_600), ("min", 60)):
         if seconds >= 2 * size:
-            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:,.0f} {unit}"
+            count = seconds / size
+            return f"{count:.2g} {unit}" if count < 100 else f"{count:,.0f} {unit}"
     return f"{max(seconds, 1):.0f} s"
 
 

@@ -211,7 +211,8 @@ def _check_base(name: str, trained_on: InputRecord, base: Base, graph: Graph) ->
     if trained_on.digest == base.digest:
         return
     there = _of_content(graph, trained_on)
-    fix = f"; write `posttrain generate {there.fingerprint[:SHORT]}`" if there else ""
+    digits = there.fingerprint[:SHORT] if there else ""
+    fix = f"; write `posttrain generate {digits} --adapter {name}`" if there else ""
     raise UsageError(
         f"{name}: trained on {_base_name(graph, trained_on)}, and {base.name} is another model "
         f"(its content is {base.digest[:SHORT]}){fix}"

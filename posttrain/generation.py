@@ -228,7 +228,7 @@ def _generation_config(
     """The settings alone: what the model's own ones would add is left out, top-k and top-p too."""
     from transformers import GenerationConfig
 
-    from posttrain.evaluate.samples import _ends as end_tokens
+    from posttrain.evaluate.samples import end_tokens
 
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = longest - length if longest else settings.max_new_tokens

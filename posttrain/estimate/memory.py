@@ -10,6 +10,9 @@ counts:
     loss      all activations and the head's tiles; gradients only of earlier passes of the step
     backward  all gradients; with gradient checkpointing also one layer's activations
     step      gradients and optimizer states, no activations
+
+On a CPU the C library's heap keeps what it once had, and the files of the weights lie on top of it:
+their pages are mapped when weights are quantized, and when the best checkpoint is restored.
 """
 
 from __future__ import annotations
@@ -37,9 +40,12 @@ Moment = Literal["loss", "backward", "step"]
 
 ADAM_STATES = 2
 """AdamW keeps a mean and a variance of each gradient, in float32."""
-CPU_RUNTIME = 0.64 * GIB
-"""Resident memory of a training program before it loads a model: Python and its libraries
-(torch 2.13, transformers 5.23, trl 1.16, peft 0.21, datasets 5.2), by `benchmarks/memory.py`."""
+CPU_RUNTIME = 0.57 * GIB
+"""Resident memory of a training program without a model: Python, its libraries (torch 2.13,
+transformers 5.23, trl 1.16, peft 0.21, datasets 5.2) and what they load at the first step, by
+`benchmarks/memory.py`."""
+TOKENIZER_ENTRY = 1024
+"""Bytes that a word of a tokenizer's vocabulary takes in its tables, by the same."""
 CUDA_RUNTIME = 0.75 * GIB
 """CUDA context, cuBLAS workspace and loaded kernels on a GPU. Half a gigabyte is usual for the
 context; assumed, not measured here."""
@@ -109,6 +115,8 @@ class MemoryEstimate:
     """Libraries, or the CUDA context."""
     allocator: float
     """Holes between tensors."""
+    files: float
+    """Pages of weight files that are mapped, on a CPU; the kernel takes them back when it must."""
     host: float
     """In the machine's memory beside the device: offloaded states, of one process."""
     moment: Moment
@@ -121,8 +129,8 @@ class MemoryEstimate:
 
     @property
     def tensors(self) -> float:
-        """Bytes without runtime and holes."""
-        return self.total - self.runtime - self.allocator
+        """Bytes of tensors alone."""
+        return self.total - self.runtime - self.allocator - self.files
 
     @property
     def gib(self) -> float:
@@ -161,9 +169,10 @@ def estimate_memory(sizes: Architecture, training: Training) -> MemoryEstimate:
         activations=activations,
         head=loss,
         communication=communication,
-        runtime=CUDA_RUNTIME if cuda else CPU_RUNTIME,
+        runtime=CUDA_RUNTIME if cuda else CPU_RUNTIME + TOKENIZER_ENTRY * sizes.vocab,
         # The heap never shrinks, so holes stay when the pass that made them is over.
         allocator=(CUDA_SLACK if cuda else HEAP_SLACK) * sum(passing["loss"][1:]),
+        files=0.0 if cuda else _mapped_files(sizes, trained, training),
         host=host,
         moment=moment,
     )
@@ -189,8 +198,7 @@ def parameter_bytes(sizes: Architecture, training: Training) -> float:
         return (base * width + trained * FLOAT32) / divided
     packed = sizes.linear_parameters
     packed_bytes = packed * four_bit_bytes(training.quantization)
-    mapped = 0 if training.cuda else _mapped_file(sizes, training)
-    return packed_bytes + (base - packed) * width + trained * FLOAT32 + mapped
+    return packed_bytes + (base - packed) * width + trained * FLOAT32
 
 
 def four_bit_bytes(quantization: Quantization) -> float:
@@ -262,12 +270,14 @@ def _moments(
     }
 
 
-def _mapped_file(sizes: Architecture, training: Training) -> float:
-    """Bytes of the weights' file that stay mapped on a CPU.
+def _mapped_files(sizes: Architecture, trained: int, training: Training) -> float:
+    """Bytes of weight files whose pages are mapped at the end of training.
 
-    Embeddings and norms that are stored as they are computed with are views of the file, and its
-    pages have been read for quantization. The embeddings are counted once.
+    The best checkpoint is mapped when it is restored. A file that weights were quantized from stays
+    mapped as long as embeddings and norms are views of it, that is if they are computed with as they
+    are stored; the embeddings themselves are counted as parameters.
     """
-    if sizes.dtype != training.dtype:
-        return 0.0
-    return sizes.linear_parameters * (FLOAT32 if sizes.dtype == "float32" else 2)
+    best = FLOAT32 * trained if training.stage == 0 else 0.0
+    if training.quantization is None or sizes.dtype != training.dtype:
+        return best
+    return best + sizes.linear_parameters * training.computation.width

@@ -34,6 +34,8 @@ class RowLengths:
     """int64 of shape (rows,)."""
     basis: str
     """What they were taken from, for people."""
+    counted: bool = True
+    """Whether their number means anything; else only their length does."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def lengths_of_files(files: Sequence[Path], limit: int | None) -> RowLengths:
 
 def unknown_lengths(max_length: int) -> RowLengths:
     """Nothing is known yet: the longest rows there may be, for memory alone."""
-    return RowLengths(np.full(8, max_length, np.int64), "the longest rows allowed")
+    longest = np.full(64, max_length, np.int64)
+    return RowLengths(longest, "not known yet; memory is for the longest allowed", counted=False)
 
 
 def _pieces(tokens: np.ndarray, max_length: int) -> np.ndarray:

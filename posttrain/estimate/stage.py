@@ -41,9 +41,9 @@ class StageEstimate:
     """Parameters that get a gradient."""
     parameters: int
     """Of the base model."""
-    steps: int
-    """Optimizer steps, unless it stops early."""
-    tokens: int
+    steps: int | None
+    """Optimizer steps, unless it stops early; None where neither rows nor recipe tell."""
+    tokens: int | None
     """Tokens that all these steps read."""
     seconds: float | None
     """Of the steps alone; None where the hardware's speed is unknown."""
@@ -73,16 +73,18 @@ def estimate_stage(
     fits = memory.fits(device, processes)
     trainable = trainable_parameters(sizes, config.adapter)
     schedule = plan_schedule(config, layout.entries, config.launch.world_size)
+    known = lengths.counted or config.max_steps is not None
     tokens = round(schedule.steps * config.batching.batch_size * layout.tokens / layout.entries)
+    seconds = _seconds(sizes, training, trainable, layout.mean_length, tokens, device)
     return StageEstimate(
         memory=memory,
         device=device,
         fits=fits,
         trainable=trainable,
         parameters=sizes.parameters,
-        steps=schedule.steps,
-        tokens=tokens,
-        seconds=_seconds(sizes, training, trainable, layout.mean_length, tokens, device),
+        steps=schedule.steps if known else None,
+        tokens=tokens if known else None,
+        seconds=seconds if known else None,
         utilisation=utilisation(device),
         basis=lengths.basis,
         advice=() if fits else tuple(_changes(sizes, config, lengths, device)),
@@ -165,7 +167,8 @@ def _seconds(
     device: Device,
 ) -> float | None:
     """Time of the steps: operations over what the hardware is assumed to reach."""
-    peak = peak_flops(training.dtype, device)
+    # A CPU that computes in 16 bits is at least as fast at it as in 32.
+    peak = peak_flops(training.dtype if training.cuda else "float32", device)
     if peak is None:
         return None
     devices = training.world_size if training.cuda else 1

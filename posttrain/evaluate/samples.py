@@ -63,7 +63,7 @@ def answer_prompts(
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=_ends(model, tokenizer),
+        eos_token_id=end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     device = next(model.parameters()).device
@@ -94,7 +94,7 @@ def _split(tokenizer: PreTrainedTokenizerBase, row: Chat | Document) -> tuple[st
     return shown, text, row.messages[last].content
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the model may know more than the tokenizer names."""
     known = model.generation_config.eos_token_id if model.generation_config else None
     ends = known if isinstance(known, list) else [known]

@@ -34,7 +34,8 @@ _ONLY_LOOKED_AT = {("merge", "prompts"), ("prepare", "model")}
 
 def gets_in(stage: str, name: str) -> bool:
     """Whether what an input holds gets into the stage's result. An unknown input does."""
-    return not name.startswith(AGAINST) and (stage, name) not in _ONLY_LOOKED_AT
+    kind = name.partition(":")[0]  # `prompts:chats` is one of several `prompts`
+    return not name.startswith(AGAINST) and (stage, kind) not in _ONLY_LOOKED_AT
 
 
 def label(artifact: Artifact) -> str:

@@ -87,16 +87,20 @@ def curve_chart(record: SweepRecord) -> Markup | None:
 
 
 def _names(trials: Sequence[Trial], across: _Axis, up: _Axis) -> list[Markup]:
-    """The label of each trial at the end of its curve, moved down where another one is."""
-    parts: list[Markup] = []
-    taken: list[tuple[float, float]] = []
+    """The label of each trial at the end of its curve, one below the other where ends meet."""
+    columns: dict[int, list[tuple[float, str]]] = {}
     for trial in sorted(trials, key=lambda trial: -trial.losses[-1].loss):
         end = trial.losses[-1]
-        x, y = across.place(end.step) + _CHARACTER, up.place(end.loss) + 4
-        while any(abs(x - other) < 1 and y < line + _LINE for other, line in taken):
-            y = max(line for other, line in taken if abs(x - other) < 1) + _LINE
-        taken.append((x, y))
-        parts.append(Markup('<text x="{:.1f}" y="{:.1f}">{}</text>').format(x, y, trial.label))
+        column = columns.setdefault(end.step, [])
+        lowest = column[-1][0] + _LINE if column else -math.inf
+        column.append((max(up.place(end.loss) + 4, lowest), trial.label))
+    parts: list[Markup] = []
+    for step, column in columns.items():
+        x, too_low = across.place(step) + _CHARACTER, max(column[-1][0] - _BOTTOM, 0.0)
+        parts += [
+            Markup('<text x="{:.1f}" y="{:.1f}">{}</text>').format(x, y - too_low, name)
+            for y, name in column
+        ]
     return parts
 
 

@@ -100,6 +100,12 @@ def test_changes_are_measured_from_the_last_model_that_all_come_from(open_recipe
     assert pipeline.step("merge").inputs["base"] == pipeline.step("start").inputs["model"]
 
 
+def test_changes_are_never_measured_from_an_adapter(open_recipe: Any) -> None:
+    folded = merge(name="folded", model="one")
+    pipeline = open_recipe(sft("one"), folded, merge(method="ties", models=["one", "folded"]))
+    assert pipeline.step("merge").inputs["base"] == pipeline.step("one").inputs["model"]
+
+
 def test_a_merge_may_be_merged_again(open_recipe: Any) -> None:
     first = merge(method="linear", models=BOTH, name="first")
     again = merge(method="ties", models=["first", "three"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -17,9 +18,13 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from posttrain.errors import RecipeError, StoreError, UsageError
+from posttrain.events import Progress, Values, Warn
+from posttrain.pipeline import BoundStep
 from posttrain.store import Store
+from posttrain.sweeping.board import board
 from posttrain.sweeping.choice import (
     choose,
     rows_standard_error,
@@ -36,6 +41,7 @@ from posttrain.sweeping.record import (
     TrialRun,
     read_record,
 )
+from posttrain.sweeping.run import Proposal, new_record
 from posttrain.sweeping.space import Choices, Range, label, parse_space, show_value
 from posttrain.sweeping.study import hopeless, propose
 
@@ -417,6 +423,19 @@ def test_with_two_keys_the_smallest_rank_comes_with_its_best_rate() -> None:
     assert pick.number == 2
 
 
+def test_a_smaller_rank_is_not_bought_with_more_epochs() -> None:
+    made = [
+        trial(0, 2.05, values={RANK: 4, "sft.epochs": 3}, difference=0.05, standard_error=0.1),
+        trial(1, 2.0, values={RANK: 8, "sft.epochs": 1}, difference=0.0, standard_error=0.0),
+    ]
+    pick = choose(made, False)
+    assert pick is not None
+    assert (pick.number, pick.reason) == (
+        1,
+        "the best; no smaller rank and epochs is within one standard error of it",
+    )
+
+
 def test_pruned_and_failed_trials_are_never_chosen() -> None:
     trials = [trial(0, None), trial(1, None, status="failed"), trial(2, 3.0), trial(3, 2.9)]
     pick = choose(with_comparisons(trials, False, rows=True), False)
@@ -548,3 +567,42 @@ def test_markdown_has_a_line_a_trial_and_the_command() -> None:
     assert "| best | 8 | 2.0000 |" in text
     assert "pruned" in text
     assert "posttrain run recipe.yaml --set sft.adapter.rank=4" in text
+
+
+def shown(*, terminal: bool, plan: Plan) -> str:
+    """What a terminal, or a file, gets of a sweep with one trial and the start of a second."""
+    out = io.StringIO()
+    console = Console(file=out, width=110, force_terminal=terminal, highlight=False)
+    made = plan(f"{RANK}=4,8")
+    watch = board(console, made)
+    step = next(step for step in made.pipeline.steps if step.name == "sft")
+    bound = BoundStep(step, "test", "0" * 64, {}, {}, {})
+    watch.sweep_opened(new_record(made))
+    watch.trial_started(Proposal(0, {RANK: 4}))
+    watch.started(bound)
+    watch.event(bound, Progress(time=0, done=3, total=6, values={"loss": 2.5}))
+    watch.event(bound, Values(time=0, step=3, values={"eval_loss": 2.25}))
+    watch.event(bound, Warn(time=0, message="something odd"))
+    first = trial(0, 2.1)
+    watch.trial_finished(first, record([first]).model_copy(update={"choice": None}))
+    watch.trial_started(Proposal(1, {RANK: 8}))
+    watch.event(bound, Progress(time=0, done=4, total=6, values={"loss": 2.4}))
+    watch.event(bound, Values(time=0, step=4, values={"eval_loss": 2.15}))
+    watch.close()
+    return out.getvalue()
+
+
+def test_lines_say_how_the_trials_go(plan: Plan) -> None:
+    text = shown(terminal=False, plan=plan)
+    assert "trial 1 of 2: rank=4\n" in text
+    assert "sft: step 3/6, loss 2.500" in text
+    assert "sft: held-out loss 2.2500 at step 3" in text
+    assert "sft: warning: something odd" in text
+    assert "sft.held_out_loss 2.1000, complete" in text
+
+
+def test_a_terminal_has_a_table_that_moves(plan: Plan) -> None:
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown(terminal=True, plan=plan))
+    assert "sft: something odd" in text
+    assert re.search(r"1 +4 +2\.1000 .*complete", text)
+    assert re.search(r"2 +8 +2\.1500 .*sft: step 4/6, loss 2\.400", text)
