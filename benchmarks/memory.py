@@ -32,8 +32,10 @@ METHODS: dict[str, dict[str, object]] = {
     "lora": {"adapter": {"type": "lora"}},
     "qlora": {"adapter": {"type": "lora"}, "quantization": {"type": "nf4"}},
 }
-WORDS = "red green blue black white door roof boat lamp coat leaf road cup stone water wind".split()
-TEMPLATE = "{% for m in messages %}{{ '<s>' + m['role'] + ' ' + m['content'] + '</s>' }}{% endfor %}"
+WORDS = ["red", "green", "blue", "black", "white", "door", "roof", "boat", "lamp", "coat", "leaf", "road", "cup", "stone", "water", "wind"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + ' ' + m['content'] + '</s>' }}{% endfor %}"
+)
 
 
 def main() -> None:

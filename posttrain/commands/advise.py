@@ -268,7 +268,7 @@ def _resolved(stage: TrainingConfig) -> list[str]:
     if isinstance(stage.adapter, LoraConfig):
         adapter = stage.adapter
         parts.append(
-            f"rank {adapter.rank}, alpha {adapter.scale_alpha:g}, dropout {adapter.dropout:g}"
+            f"rank {adapter.rank}, alpha {adapter.scale_alpha:g}, dropout {adapter.input_dropout:g}"
         )
     if stage.quantization is not None:
         parts.append(f"base in {stage.quantization.type.upper()}")

@@ -72,7 +72,7 @@ def kept_for_backward(
     stream = FLOAT32 * sizes.hidden
     if how.checkpointing:
         # The embeddings' output and the last norm's input and output stay as they are.
-        return batch.tokens * (sizes.layers + 3) * (stream if how.width == 4 else how.width * sizes.hidden)
+        return batch.tokens * (sizes.layers + 3) * stream
     return sizes.layers * one_layer(sizes, adapter, batch, how) + batch.tokens * 3 * stream
 
 
@@ -91,7 +91,8 @@ def one_layer(
 
 def during_backward(sizes: Architecture, batch: Pass, how: Computation) -> float:
     """Bytes of a layer's gradients on their way: of the three tensors of the inner width that a
-    gated block has, and of the residual stream."""
+    gated block has, and of the residual stream.
+    """
     a_token = how.width * 3 * sizes.intermediate + FLOAT32 * 2 * sizes.hidden
     return batch.tokens * a_token
 
@@ -140,7 +141,11 @@ def _inputs(sizes: Architecture, how: Computation, flat: bool) -> float:
     its output anyway, unless rows were calls of their own and their outputs then joined.
     """
     h = sizes.hidden
-    reads_stream = [l for l in sizes.linears if l.inputs == h and not _is_attention_output(l)]
+    reads_stream = [
+        linear
+        for linear in sizes.linears
+        if linear.inputs == h and not _is_attention_output(linear)
+    ]
     copies = len(reads_stream) if how.width != FLOAT32 else 2
     joined = sizes.query_width if flat and not how.varlen_kernel else 0
     return how.width * (copies * h + joined + sizes.intermediate)
@@ -153,14 +158,22 @@ def _adapter(sizes: Architecture, adapter: AdapterConfig, batch: Pass, how: Comp
             rank = adapter.initial_rank if isinstance(adapter, AdaLoraConfig) else adapter.rank
             vectors = {LoraConfig: 1, AdaLoraConfig: 2, VeraConfig: 2}[type(adapter)]
             on = targets(sizes, adapter)
-            kept = _adapter_inputs(on, adapter.dropout, batch, how)
+            dropout = (
+                adapter.input_dropout if isinstance(adapter, LoraConfig) else adapter.dropout
+            )
+            kept = _adapter_inputs(on, dropout, batch, how)
             kept += sum(how.width * vectors * rank for _ in on)
-            if isinstance(adapter, VeraConfig) or (isinstance(adapter, LoraConfig) and adapter.dora):
+            if isinstance(adapter, VeraConfig) or (
+                isinstance(adapter, LoraConfig) and adapter.dora
+            ):
                 # The output before and after a trained factor.
-                kept += how.width * (2 if isinstance(adapter, LoraConfig) else 1) * sum(l.outputs for l in on)
+                outputs = sum(linear.outputs for linear in on)
+                kept += how.width * (2 if isinstance(adapter, LoraConfig) else 1) * outputs
             return kept
         case Ia3Config():
-            return FLOAT32 * sum(min(l.inputs, l.outputs) for l in targets(sizes, adapter))
+            return FLOAT32 * sum(
+                min(linear.inputs, linear.outputs) for linear in targets(sizes, adapter)
+            )
         case BottleneckConfig():
             inner = max(1, sizes.hidden // adapter.reduction)
             return bottlenecks_a_layer(adapter) * FLOAT32 * (sizes.hidden + 2 * inner)
@@ -168,20 +181,22 @@ def _adapter(sizes: Architecture, adapter: AdapterConfig, batch: Pass, how: Comp
             return 0.0
 
 
-def _adapter_inputs(
-    on: Sequence[Linear], dropout: float, batch: Pass, how: Computation
-) -> float:
+def _adapter_inputs(on: Sequence[Linear], dropout: float, batch: Pass, how: Computation) -> float:
     """With dropout each adapter keeps its own mask and its own masked input.
 
     A mask is of bytes on CUDA and of float32 on a CPU. Without dropout adapters share their input
     in float32, and autocast makes a copy for each.
     """
     if dropout > 0:
-        return sum(l.inputs for l in on) * (how.width + (1 if how.cuda else FLOAT32))
+        return sum(linear.inputs for linear in on) * (how.width + (1 if how.cuda else FLOAT32))
     if how.width != FLOAT32:
-        return how.width * sum(l.inputs for l in on)
+        return how.width * sum(linear.inputs for linear in on)
     joined = batch.flat and not how.varlen_kernel
-    shared = {_source(l): l.inputs for l in on if joined or not _is_attention_output(l)}
+    shared = {
+        _source(linear): linear.inputs
+        for linear in on
+        if joined or not _is_attention_output(linear)
+    }
     return FLOAT32 * sum(shared.values())
 
 
@@ -189,7 +204,7 @@ def _dora_weights(sizes: Architecture, adapter: AdapterConfig | None) -> float:
     """DoRA's norms of weights and updates: a float32 matrix of the weight's size, a layer."""
     if not isinstance(adapter, LoraConfig) or not adapter.dora:
         return 0.0
-    return FLOAT32 * sum(l.inputs * l.outputs for l in targets(sizes, adapter))
+    return FLOAT32 * sum(linear.inputs * linear.outputs for linear in targets(sizes, adapter))
 
 
 def _source(linear: Linear) -> str:

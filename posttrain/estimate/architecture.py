@@ -132,9 +132,13 @@ def from_config(config: Mapping[str, Any], where: str) -> Architecture:
     """
     text = config.get("text_config", config)
     if config.get("is_encoder_decoder"):
-        raise ModelError(f"{where}: an encoder-decoder model; memory is estimated for decoders only")
+        raise ModelError(
+            f"{where}: an encoder-decoder model; memory is estimated for decoders only"
+        )
     if any(text.get(key) for key in _EXPERTS):
-        raise ModelError(f"{where}: a mixture of experts; memory is estimated for dense models only")
+        raise ModelError(
+            f"{where}: a mixture of experts; memory is estimated for dense models only"
+        )
     read = _Reader(text, where)
     heads = read.size("num_attention_heads", "n_head")
     hidden = read.size("hidden_size", "n_embd")

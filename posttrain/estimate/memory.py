@@ -213,7 +213,9 @@ def four_bit_bytes(quantization: Quantization) -> float:
 
 def gradient_bytes(trained: int, training: Training) -> float:
     """Bytes of the gradients of trained weights, as wide as these; divided from ZeRO-2 on."""
-    width = training.computation.width if training.deepspeed and training.adapter is None else FLOAT32
+    width = (
+        training.computation.width if training.deepspeed and training.adapter is None else FLOAT32
+    )
     return trained * width / (training.world_size if training.stage >= 2 else 1)
 
 

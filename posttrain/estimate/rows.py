@@ -53,7 +53,12 @@ class Layout:
 
 
 def lay_out(
-    lengths: RowLengths, max_length: int, packing: bool, micro_batch_size: int, flat: bool, cut: bool
+    lengths: RowLengths,
+    max_length: int,
+    packing: bool,
+    micro_batch_size: int,
+    flat: bool,
+    cut: bool,
 ) -> Layout:
     """What becomes of rows in training, as `posttrain.train.tables` does it.
 
@@ -101,7 +106,9 @@ def lengths_of_dataset(folder: Path, model: Path | None) -> RowLengths:
         return RowLengths(np.zeros(0, np.int64), "an empty dataset")
     ratio, basis = _bytes_a_token(sample, model)
     tokens = np.concatenate(sizes) / ratio + TOKENS_A_TURN * np.concatenate(turns)
-    return RowLengths(np.ceil(tokens).astype(np.int64), f"the rows of the prepared dataset, {basis}")
+    return RowLengths(
+        np.ceil(tokens).astype(np.int64), f"the rows of the prepared dataset, {basis}"
+    )
 
 
 def lengths_of_files(files: Sequence[Path], limit: int | None) -> RowLengths:
@@ -132,7 +139,11 @@ def _bytes_and_turns(column: pa.Array) -> tuple[np.ndarray, np.ndarray, list[str
     import pyarrow.compute as pc
 
     if pa.types.is_string(column.type):
-        return _numbers(pc.binary_length(column)), np.zeros(len(column)), column[:_SAMPLE].to_pylist()
+        return (
+            _numbers(pc.binary_length(column)),
+            np.zeros(len(column)),
+            column[:_SAMPLE].to_pylist(),
+        )
     contents = column.flatten().field("content")
     per_turn = _numbers(pc.binary_length(contents))
     turns = _numbers(pc.list_value_length(column)).astype(np.int64)

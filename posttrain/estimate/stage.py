@@ -200,7 +200,9 @@ def _variants(
     micro = config.micro_batch_size
     layout = lay_out_stage(config, lengths)
     while micro > 1:
-        micro = max(size for size in range(1, micro // 2 + 1) if config.micro_batch_size % size == 0)
+        micro = max(
+            size for size in range(1, micro // 2 + 1) if config.micro_batch_size % size == 0
+        )
         layout = lay_out_stage(config, lengths, micro)
         yield f"batching: {{micro_batch_size: {micro}}}", training_of(config, layout, device, micro)
     training = training_of(config, layout, device, micro)
@@ -236,4 +238,3 @@ def _sharded(
         yield f"full: {{zero: 3}} on {processes} GPUs", replace(divided, sharding=zero)
     offloaded = Sharding(zero=3, offload="all")
     yield "full: {zero: 3, offload: all}", replace(divided, sharding=offloaded)
-

@@ -24,7 +24,9 @@ def trainable_parameters(sizes: Architecture, adapter: AdapterConfig | None) -> 
         case None:
             return sizes.parameters
         case LoraConfig() | AdaLoraConfig() | VeraConfig() | Ia3Config():
-            return sizes.layers * sum(_beside(l, adapter) for l in targets(sizes, adapter))
+            return sizes.layers * sum(
+                _beside(linear, adapter) for linear in targets(sizes, adapter)
+            )
         case PrefixTuningConfig():
             return _prefix(sizes, adapter)
         case PromptTuningConfig():
@@ -40,7 +42,7 @@ def frozen_parameters_added(sizes: Architecture, adapter: AdapterConfig | None) 
     if not isinstance(adapter, VeraConfig):
         return 0
     linears = targets(sizes, adapter)
-    widest = max(l.inputs for l in linears) + max(l.outputs for l in linears)
+    widest = max(linear.inputs for linear in linears) + max(linear.outputs for linear in linears)
     return adapter.rank * widest
 
 
@@ -51,7 +53,9 @@ def targets(sizes: Architecture, adapter: AdapterConfig) -> list[Linear]:
         return list(sizes.linears)
     if names is None:
         names = _IA3_DEFAULT
-    return [l for l in sizes.linears if any(_is_called(l.name, name) for name in names)]
+    return [
+        linear for linear in sizes.linears if any(_is_called(linear.name, name) for name in names)
+    ]
 
 
 def bottlenecks_a_layer(adapter: BottleneckConfig) -> int:
@@ -84,9 +88,7 @@ def _prefix(sizes: Architecture, adapter: PrefixTuningConfig) -> int:
     if adapter.projection_size is None:
         return adapter.virtual_tokens * everything
     inner = adapter.projection_size
-    return (
-        adapter.virtual_tokens * width + width * inner + inner + inner * everything + everything
-    )
+    return adapter.virtual_tokens * width + width * inner + inner + inner * everything + everything
 
 
 def _bottleneck(sizes: Architecture, adapter: BottleneckConfig) -> int:

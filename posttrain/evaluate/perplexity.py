@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from posttrain.evaluate.items import PerplexityRow
 from posttrain.evaluate.results import PerplexityResult
 from posttrain.events import EventWriter
+from posttrain.models import virtual_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,6 +124,7 @@ def _batch_nats(
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
     """Logits at `positions`, shape (batch, positions, vocabulary)."""
+    positions = positions + virtual_positions(model)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         kept: Tensor = model(

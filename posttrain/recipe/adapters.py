@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from posttrain.recipe.base import Strict
 
@@ -35,8 +35,9 @@ class LoraConfig(AdapterConfig):
     """Rank of the update. 8-16 suits format and style, 32-64 harder adaptation."""
     alpha: PositiveFloat | None = None
     """Scale of the update is alpha/rank. Default: twice the rank."""
-    dropout: Dropout = 0.05
-    """Dropout on the adapter's input during training."""
+    dropout: Dropout | None = None
+    """Dropout on the adapter's input during training. Default: 0.05; none with `init: pissa`, where
+    it would drop the largest directions of the weights themselves."""
     target_modules: TargetModules = "all-linear"
     """Names of the linear layers to adapt, or all of them except the output head."""
     rank_stabilized: bool = False
@@ -48,6 +49,13 @@ class LoraConfig(AdapterConfig):
     init: Literal["zero", "pissa"] = "zero"
     """`zero`: the update starts at zero. `pissa`: it starts as the largest singular directions of
     the weights, which then are trained first (Meng et al., 2024, arXiv:2404.02948)."""
+
+    @property
+    def input_dropout(self) -> float:
+        """`dropout`, or its default."""
+        if self.dropout is not None:
+            return self.dropout
+        return 0.0 if self.init == "pissa" else 0.05
 
     @property
     def scale_alpha(self) -> float:
@@ -76,6 +84,15 @@ class AdaLoraConfig(AdapterConfig):
     """Dropout on the adapter's input during training."""
     target_modules: TargetModules = "all-linear"
     """Names of the linear layers to adapt, or all of them except the output head."""
+
+    @model_validator(mode="after")
+    def _ranks_can_move(self) -> Self:
+        if self.rank >= self.initial_rank:
+            raise ValueError(
+                f"ranks fall from {self.initial_rank} to a mean of {self.rank}, so nothing would "
+                "move: write an `initial_rank` above `rank`, half as much again is usual"
+            )
+        return self
 
 
 class Ia3Config(AdapterConfig):
@@ -141,7 +158,7 @@ class PromptTuningConfig(AdapterConfig):
     type: Literal["prompt"]
     virtual_tokens: PositiveInt = 20
     """Positions that are learned. They count against the model's longest sequence."""
-    init_text: str | None = None
+    init_text: Annotated[str, Field(min_length=1)] | None = None
     """Text whose embeddings they start from. Default: random words of the vocabulary."""
 
 

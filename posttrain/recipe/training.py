@@ -8,10 +8,12 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from posttrain.recipe.adapters import (
+    AdaLoraConfig,
     AnyAdapter,
     LoraConfig,
     PositiveFloat,
     PositiveInt,
+    PrefixTuningConfig,
     Quantization,
 )
 from posttrain.recipe.base import ArtifactKind, DType, RowFamily, StageConfig, Strict, unhashed
@@ -202,6 +204,27 @@ class TrainingConfig(StageConfig):
             raise ValueError(
                 "`quantization` freezes the weights, and without an adapter nothing is left to "
                 "train: write `adapter: {type: lora}`"
+            )
+        if self.quantization is not None and getattr(self.adapter, "init", None) == "pissa":
+            raise ValueError(
+                "`init: pissa` changes the weights that `quantization` freezes: remove one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_can_be_divided(self) -> Self:
+        sharding, adapter = self.launch.sharding, self.adapter
+        if sharding is None or adapter is None:
+            return self
+        if isinstance(adapter, AdaLoraConfig):
+            raise ValueError(
+                "AdaLoRA moves ranks between layers, which `sharding` divides: remove one, or use "
+                "`adapter: {type: lora}`"
+            )
+        bare_prefix = isinstance(adapter, PrefixTuningConfig) and adapter.projection_size is None
+        if bare_prefix and sharding.zero == 3:
+            raise ValueError(
+                "a prefix cannot be divided by ZeRO-3: write `zero: 2`, or a `projection_size`"
             )
         return self
 

@@ -27,7 +27,7 @@ def main(context: StageContext[ConvertConfig]) -> StageResult:
         ModelError: the file is no GGUF file of a causal language model, or the saved model gives
             other logits than the loaded one.
     """
-    from posttrain.train.lora import count_trainable
+    from posttrain.train.adapters import count_trainable
     from posttrain.train.outputs import check_reload, final_logits, save_model
 
     prepare_libraries()

@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from posttrain.sweeping.record import Trial
+from posttrain.train.held_out import HELD_OUT_ROWS
 
 Floats = NDArray[np.float64]
-
-HELD_OUT_ROWS = "held_out.parquet"
 
 SMALLER_IS_SIMPLER = frozenset(
     {

@@ -57,8 +57,9 @@ def ia3_targets(
         return known
     raise ModelError(
         f"adapter.target_modules: cannot tell which layers of a {model.config.model_type} model "
-        "are keys, values and the feed-forward output; name them in `target_modules`, and the latter "
-        f"in `feedforward_modules` as well. Its linear layers are {', '.join(layer_names(model))}"
+        "are keys, values and the feed-forward output; name them in `target_modules`, and the "
+        "latter in `feedforward_modules` as well. Its linear layers are "
+        f"{', '.join(layer_names(model))}"
     )
 
 

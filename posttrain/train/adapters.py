@@ -196,7 +196,7 @@ def _lora(model: PreTrainedModel, config: LoraConfig) -> PeftConfig:
         task_type="CAUSAL_LM",
         r=config.rank,
         lora_alpha=_whole(config.scale_alpha),
-        lora_dropout=config.dropout,
+        lora_dropout=config.input_dropout,
         target_modules=_targets(config.target_modules),
         use_rslora=config.rank_stabilized,
         use_dora=config.dora,

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from posttrain.errors import Problem, RecipeError
 from posttrain.hardware import ResolvedDType
 from posttrain.recipe.training import TrainingConfig
+from posttrain.train.adapters import can_recompute_activations
+from posttrain.train.quantization import optimizer_name
 from posttrain.train.sharding import sharding_arguments
 
 if TYPE_CHECKING:
@@ -202,7 +204,14 @@ def training_arguments(
     if schedule.world_size > 1:
         ours["ddp_backend"] = "nccl" if cuda else "gloo"
     # Recomputing activations saves memory, which a CPU has, and costs time, which it has not.
-    defaults: dict[str, object] = {"gradient_checkpointing": cuda}
+    recompute = can_recompute_activations(config.adapter)
+    defaults: dict[str, object] = {
+        "gradient_checkpointing": cuda and recompute,
+        "optim": optimizer_name(config.quantization),
+    }
+    if config.extra_args.get("gradient_checkpointing") and not recompute:
+        problem = "a prefix is lost where activations are recomputed, and nothing would be trained"
+        raise RecipeError([Problem("extra_args.gradient_checkpointing", problem, "remove it")])
     if not cuda:
         defaults["dataloader_pin_memory"] = False
     try:

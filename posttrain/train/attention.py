@@ -66,7 +66,8 @@ def _attend_by_row(
         The output of shape [1, tokens, heads, width], and no weights.
     """
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        whole, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return whole, None
     lengths = cu_seq_lens_q.diff().tolist()
     rows = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     parts = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in rows]

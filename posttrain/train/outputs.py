@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +76,10 @@ def save_adapter(
     # Only what was trained is gathered: peft takes a prompt from its module and not from a state
     # dict, and with a state dict the whole base would have to pass through one process.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with gather_params_ctx(trained, modifier_rank=None):
+    with gather_params_ctx(trained, modifier_rank=None), warnings.catch_warnings():
+        # Of AdaLoRA a layer may have no rank left, which peft takes for a part of a divided one.
+        if model.active_peft_config.peft_type == "ADALORA":
+            warnings.filterwarnings("ignore", message="Adapter .* have invalid shape")
         # `False` keeps peft from asking the Hub whether the base's vocabulary has grown.
         weights = get_peft_model_state_dict(model, save_embedding_layers=False)
         weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}

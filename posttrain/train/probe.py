@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from posttrain.errors import ModelError
 from posttrain.recipe.training import TrainingConfig
 from posttrain.stages.program import Config, StageContext
+from posttrain.train.adapters import can_recompute_activations
 from posttrain.train.processes import any_process, world_size
 from posttrain.train.tables import TrainingTable
 
@@ -31,9 +32,7 @@ class PassTooLarge(Exception):
     """A pass does not fit into some process's memory; every process raises it at the same point."""
 
 
-def within_memory(
-    context: StageContext[Config], attempt: Callable[[int], Result]
-) -> Result:
+def within_memory(context: StageContext[Config], attempt: Callable[[int], Result]) -> Result:
     """Train with passes as large as the recipe says or, out of memory, as fit.
 
     Each attempt goes on from the newest complete checkpoint, or from the start.
@@ -68,7 +67,7 @@ def within_memory(
             accumulation = context.config.batching.batch_size // world_size() // smaller
             context.events.warning(
                 f"out of memory with {micro} rows a pass; going on with {smaller}, and "
-                f"{accumulation} passes an optimizer step, so that a step reads as many rows as before"
+                f"{accumulation} passes an optimizer step: a step reads as many rows as before"
             )
         micro = smaller
 
@@ -155,7 +154,8 @@ def _what_to_write(config: TrainingConfig, micro: int, reason: str) -> str:
     advice = []
     if micro > 1:
         advice.append(f"`batching: {{micro_batch_size: {micro // 2}}}`")
-    if not config.extra_args.get("gradient_checkpointing", torch.cuda.is_available()):
+    recomputed = config.extra_args.get("gradient_checkpointing", torch.cuda.is_available())
+    if not recomputed and can_recompute_activations(config.adapter):
         advice.append("`extra_args: {gradient_checkpointing: true}`")
     advice.append(f"`batching: {{max_length: {config.batching.max_length // 2}}}`")
     if config.adapter is None:

@@ -90,12 +90,9 @@ def estimate_run(
         sizes = read_architecture(model)
     except ModelError:
         return None
-    training = training_of(
-        config,
-        Layout(len(table), int(table.tokens.sum()), 0.0, widest_pass(config, table, micro_batch_size)),
-        device or present_device(),
-        micro_batch_size,
-    )
+    widest = widest_pass(config, table, micro_batch_size)
+    layout = Layout(len(table), int(table.tokens.sum()), 0.0, widest)
+    training = training_of(config, layout, device or present_device(), micro_batch_size)
     return estimate_memory(sizes, training)
 
 

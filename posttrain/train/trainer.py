@@ -16,13 +16,14 @@ from transformers import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from posttrain.train.adapter_training import ExactAdapterCheckpoints
 from posttrain.train.adapters import keep_dtypes
 from posttrain.train.held_out import HeldOut
 from posttrain.train.sharding import remember_division
 from posttrain.train.tokenize import IGNORED
 
 
-class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
+class TokenWeightedTrainer(ExactAdapterCheckpoints, SFTTrainer):  # type: ignore[misc]  # trl is untyped
     """Next-token prediction on rows that are already tokenized.
 
     Transformers averages the held-out loss over batches, so that it changes with their size and

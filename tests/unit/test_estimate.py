@@ -132,9 +132,7 @@ def test_the_activations_of_a_layer_are_what_autograd_saves(
     assert estimate == pytest.approx(saved, rel=0.02 if dtype == "float32" else 0.12)
 
 
-def saved_by_a_layer(
-    folder: Path, adapter: AdapterConfig | None, dtype: str, flat: bool
-) -> int:
+def saved_by_a_layer(folder: Path, adapter: AdapterConfig | None, dtype: str, flat: bool) -> int:
     """Bytes that the second layer keeps for two rows of 50 tokens, or one of 50 and one of 40."""
     import torch
     from transformers import AutoModelForCausalLM

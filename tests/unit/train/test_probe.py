@@ -115,7 +115,8 @@ def test_the_probe_leaves_no_trace_in_what_is_learned(
     monkeypatch.setattr(probe.ProbeMemory, "on_train_begin", lambda *_, **__: None)
     train(without)
     ours, theirs = digests_of(with_probe / "output"), digests_of(without / "output")
-    assert ours.pop(RESOURCES) != theirs.pop(RESOURCES)
+    for digests in (ours, theirs):
+        digests.pop(RESOURCES, None)  # says how much memory this process needed
     assert ours == theirs
 
 

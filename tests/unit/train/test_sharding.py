@@ -58,6 +58,16 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 ZERO_2, ZERO_3, FSDP = {"zero": 2}, {"zero": 3}, {"fsdp": True}
 
+DIVIDE_EVERYTHING = {
+    "zero_optimization": {
+        "stage": 3,
+        # ZeRO-3 leaves small parameters whole, and by default this model has no others.
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+    }
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -116,6 +126,8 @@ def sharded(tiny_model: Path, dataset: Path, tmp_path: Path) -> Callable[..., Ru
     """Runs on two processes."""
 
     def run(settings: dict[str, object], sharding: dict[str, object]) -> Run:
+        if sharding == ZERO_3:
+            sharding = {"config": str(write(tmp_path, DIVIDE_EVERYTHING).config)}
         launch = {"num_processes": 2, "sharding": sharding, "keep_checkpoints": 99}
         folder = tmp_path / "sharded"
         stage_dir = sft_stage_dir(folder, tiny_model, dataset, **settings, launch=launch)
