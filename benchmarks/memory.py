@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, object]] = {
     "lora": {"adapter": {"type": "lora"}},
     "qlora": {"adapter": {"type": "lora"}, "quantization": {"type": "nf4"}},
 }
-WORDS = ["red", "green", "blue", "black", "white", "door", "roof", "boat", "lamp", "coat", "leaf", "road", "cup", "stone", "water", "wind"]
+WORDS = ["red", "green", "blue", "black", "white", "door", "roof", "boat", "lamp", "coat", "leaf"]
 TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + ' ' + m['content'] + '</s>' }}{% endfor %}"
 )

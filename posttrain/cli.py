@@ -43,10 +43,6 @@ store_app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(lineage.app, name="lineage")
 app.add_typer(store_app, name="store")
-app.command("sweep")(sweep.sweep)
-app.command("advise")(advise.advise)
-app.command("generate")(generate.generate)
-app.command("adapters")(generate.adapters)
 
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe file, such as configs/quickstart.yaml.")
@@ -223,6 +219,24 @@ def ui(
             signal.pause()
         except KeyboardInterrupt:
             console.print("Stopping.")
+
+
+@app.command()
+def join(
+    stage_dir: Annotated[
+        Path, typer.Argument(metavar="STAGE_DIR", help="Folder that the first machine names.")
+    ],
+) -> None:
+    """Take part in a stage that runs on several machines."""
+    from posttrain.launch.join import join as take_part
+
+    take_part(stage_dir)
+
+
+app.command("sweep")(sweep.sweep)
+app.command("advise")(advise.advise)
+app.command("generate")(generate.generate)
+app.command("adapters")(generate.adapters)
 
 
 @store_app.command("ls")

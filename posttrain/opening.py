@@ -23,6 +23,7 @@ from posttrain.recipe import (
 )
 from posttrain.recipe.load import load_recipe
 from posttrain.store import Store
+from posttrain.train.sharding import config_problems
 
 
 def open_pipeline(file: Path, overrides: Sequence[str], store: Store) -> Pipeline:
@@ -36,6 +37,7 @@ def open_pipeline(file: Path, overrides: Sequence[str], store: Store) -> Pipelin
     model = _open_model(recipe, store, problems)
     rows = _open_datasets(recipe, store, problems)
     problems += _benchmark_problems(recipe)
+    problems += _sharding_problems(recipe)
     try:
         pipeline = build_pipeline(recipe, model, rows, store.digests, str(file))
     except RecipeError as error:
@@ -162,3 +164,15 @@ def _benchmark_problems(recipe: Recipe) -> list[Problem]:
                 where = f"stages[{position}].evaluate"
                 problems.append(Problem(where, f"there is no folder `{folder}`"))
     return problems
+
+
+def _sharding_problems(recipe: Recipe) -> list[Problem]:
+    """DeepSpeed files are read before the first stage starts."""
+    return [
+        problem
+        for position, stage in enumerate(recipe.stages)
+        if isinstance(stage, TrainingConfig) and stage.launch.sharding is not None
+        for problem in config_problems(
+            stage.launch.sharding, f"stages[{position}].{stage.stage}.launch.sharding"
+        )
+    ]

@@ -90,8 +90,9 @@ def one_layer(
 
 
 def during_backward(sizes: Architecture, batch: Pass, how: Computation) -> float:
-    """Bytes of a layer's gradients on their way: of the three tensors of the inner width that a
-    gated block has, and of the residual stream.
+    """Bytes of a layer's gradients on their way.
+
+    Three tensors have the inner width in a gated block, and two the width of the residual stream.
     """
     a_token = how.width * 3 * sizes.intermediate + FLOAT32 * 2 * sizes.hidden
     return batch.tokens * a_token
@@ -114,7 +115,7 @@ def head(sizes: Architecture, batch: Pass, how: Computation) -> float:
 
 
 def _norms(sizes: Architecture, trained: bool) -> float:
-    """Two norms: each keeps its input, a number a token, and for its weight the normalized input."""
+    """Two norms: each keeps its input, a number a token, and if trained the normalized input."""
     return 2 * FLOAT32 * (sizes.hidden * (2 if trained else 1) + 1)
 
 
@@ -158,9 +159,7 @@ def _adapter(sizes: Architecture, adapter: AdapterConfig, batch: Pass, how: Comp
             rank = adapter.initial_rank if isinstance(adapter, AdaLoraConfig) else adapter.rank
             vectors = {LoraConfig: 1, AdaLoraConfig: 2, VeraConfig: 2}[type(adapter)]
             on = targets(sizes, adapter)
-            dropout = (
-                adapter.input_dropout if isinstance(adapter, LoraConfig) else adapter.dropout
-            )
+            dropout = adapter.input_dropout if isinstance(adapter, LoraConfig) else adapter.dropout
             kept = _adapter_inputs(on, dropout, batch, how)
             kept += sum(how.width * vectors * rank for _ in on)
             if isinstance(adapter, VeraConfig) or (

@@ -65,7 +65,7 @@ class Architecture:
     position_parameters: int = 0
     """Learned position embeddings."""
     counted: int | None = None
-    """Parameters as the weights' own header has them; None where only the configuration is known."""
+    """Parameters by the weights' own header; None where only the configuration is known."""
 
     @property
     def query_width(self) -> int:

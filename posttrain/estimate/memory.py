@@ -276,8 +276,8 @@ def _mapped_files(sizes: Architecture, trained: int, training: Training) -> floa
     """Bytes of weight files whose pages are mapped at the end of training.
 
     The best checkpoint is mapped when it is restored. A file that weights were quantized from stays
-    mapped as long as embeddings and norms are views of it, that is if they are computed with as they
-    are stored; the embeddings themselves are counted as parameters.
+    mapped as long as embeddings and norms are views of it: if they are computed with as they are
+    stored. The embeddings themselves are counted as parameters.
     """
     best = FLOAT32 * trained if training.stage == 0 else 0.0
     if training.quantization is None or sizes.dtype != training.dtype:

@@ -96,7 +96,9 @@ def lengths_of_dataset(folder: Path, model: Path | None) -> RowLengths:
     """
     dataset = PreparedDataset.open(folder)
     columns = ["text"] if dataset.family == "documents" else ["messages"]
-    sizes, turns, sample = [], [], []
+    sizes: list[np.ndarray] = []
+    turns: list[np.ndarray] = []
+    sample: list[str] = []
     for batch in read_batches(folder / "train.parquet", columns):
         of_batch, count, texts = _bytes_and_turns(batch.column(0))
         sizes.append(of_batch)
@@ -134,7 +136,7 @@ def _pieces(tokens: np.ndarray, max_length: int) -> np.ndarray:
 
 
 def _bytes_and_turns(column: pa.Array) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Bytes of text and turns of each row of a batch, and the texts themselves of the first ones."""
+    """Bytes of text and turns of each row of a batch, and the texts of the first ones."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -154,7 +156,9 @@ def _bytes_and_turns(column: pa.Array) -> tuple[np.ndarray, np.ndarray, list[str
 
 
 def _numbers(array: pa.Array) -> np.ndarray:
-    return np.nan_to_num(array.to_numpy(zero_copy_only=False).astype(np.float64))
+    numbers: np.ndarray = array.to_numpy(zero_copy_only=False).astype(np.float64)
+    finite: np.ndarray = np.nan_to_num(numbers)
+    return finite
 
 
 def _bytes_a_token(texts: Sequence[str], model: Path | None) -> tuple[float, str]:

@@ -79,7 +79,7 @@ def flops_per_token(sizes: Architecture, trainable: int | None = None, length: f
 def hardware_flops_per_token(
     sizes: Architecture, trainable: int | None, length: float, checkpointing: bool
 ) -> float:
-    """Operations really done: with gradient checkpointing layers compute their forward pass twice."""
+    """Operations really done: gradient checkpointing computes the layers' forward pass twice."""
     needed = flops_per_token(sizes, trainable, length)
     if not checkpointing:
         return needed
@@ -140,12 +140,15 @@ def _cpu_flops() -> float:
     from posttrain.home import Home
 
     path = Home.find().root / "cpu-speed.json"
-    key = f"{cpu_name()} x {len(os.sched_getaffinity(0))}"
+    cores = len(os.sched_getaffinity(0))
+    key = f"{cpu_name()} x {cores}"
     known = _read(path)
     if key not in known:
         known[key] = measure_cpu()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, known)
+        # Among other programs a CPU is slower than it is: such a figure is not kept.
+        if os.getloadavg()[0] < cores:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, known)
     return known[key]
 
 

@@ -155,7 +155,7 @@ def _plain(sharding: Sharding | None) -> Sharding | None:
     parameters = zero.get("offload_param", {}).get("device", "none") != "none"
     states = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     offload = "all" if parameters and stage == 3 else "optimizer" if states else None
-    return Sharding(zero=stage, offload=offload)  # type: ignore[arg-type]
+    return Sharding(zero=stage, offload=offload)
 
 
 def _seconds(

@@ -20,11 +20,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from posttrain.errors import ModelError
 from posttrain.recipe.training import TrainingConfig
-from posttrain.stages.program import Config, StageContext
+from posttrain.stages.program import StageContext
 from posttrain.train.adapters import can_recompute_activations
 from posttrain.train.processes import any_process, world_size
 from posttrain.train.tables import TrainingTable
 
+Config = TypeVar("Config", bound=TrainingConfig)
 Result = TypeVar("Result")
 
 
@@ -48,7 +49,8 @@ def within_memory(context: StageContext[Config], attempt: Callable[[int], Result
         ModelError: not even one row a pass fits, or one of several processes ran out of memory in
             the middle of training, where the others cannot know of it.
     """
-    micro = context.config.micro_batch_size
+    config: TrainingConfig = context.config
+    micro = config.micro_batch_size
     while True:
         try:
             return attempt(micro)
@@ -61,10 +63,10 @@ def within_memory(context: StageContext[Config], attempt: Callable[[int], Result
         gc.collect()
         clear_device_cache()
         if not agreed or micro == 1:
-            raise ModelError(_what_to_write(context.config, micro, reason))
+            raise ModelError(_what_to_write(config, micro, reason))
         smaller = max(size for size in range(1, micro // 2 + 1) if micro % size == 0)
         if context.rank == 0:
-            accumulation = context.config.batching.batch_size // world_size() // smaller
+            accumulation = config.batching.batch_size // world_size() // smaller
             context.events.warning(
                 f"out of memory with {micro} rows a pass; going on with {smaller}, and "
                 f"{accumulation} passes an optimizer step: a step reads as many rows as before"
@@ -89,7 +91,7 @@ class ProbeMemory(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         state: TrainerState,
         control: TrainerControl,
         optimizer: torch.optim.Optimizer | None = None,
-        **_: object,
+        **_others: object,
     ) -> None:
         """Try the largest pass, with room taken for the optimizer's states.
 

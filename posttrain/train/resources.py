@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,9 +23,11 @@ from posttrain.estimate.memory import MemoryEstimate, estimate_memory
 from posttrain.estimate.rows import Layout
 from posttrain.estimate.stage import training_of
 from posttrain.recipe.training import TrainingConfig
-from posttrain.stages.program import Config, StageContext, StageResult
+from posttrain.stages.program import StageContext, StageResult
 from posttrain.store.files import write_json
 from posttrain.train.tables import TrainingTable
+
+Config = TypeVar("Config", bound=TrainingConfig)
 
 RESOURCES = "resources.json"
 """File of a trained artifact with estimated and measured memory."""
@@ -34,7 +36,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass
-class Resources(Generic[Config]):
+class Resources:
     """Watches one training run's memory from before the model is loaded."""
 
     estimate: MemoryEstimate | None
@@ -44,7 +46,7 @@ class Resources(Generic[Config]):
     micro_batch_size: int
 
     @classmethod
-    def watch(cls, context: StageContext[Config], table: TrainingTable) -> Resources[Config]:
+    def watch(cls, context: StageContext[Config], table: TrainingTable) -> Resources:
         """Estimate the stage, and forget the memory that was needed up to here."""
         forget_peak()
         config = context.config
