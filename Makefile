@@ -5,7 +5,7 @@ LOCK   ?= requirements.lock
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock quickstart test lint test-slow proof-quickstart bench-data clean
+.PHONY: help install lock quickstart test lint test-slow test-gpu proof-quickstart bench-data bench-train bench-memory clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -50,6 +50,9 @@ lint: install
 test-slow: install  ## Tests that take minutes.
 	$(BIN)/python -m pytest -m slow
 
+test-gpu: install  ## Tests that need a CUDA device.
+	$(BIN)/python -m pytest -m gpu
+
 proof-quickstart: install  ## Time the quickstart, cold and cached; the last line is JSON.
 	@$(BIN)/python benchmarks/quickstart.py
 
@@ -62,6 +65,12 @@ proof-quickstart: install  ## Time the quickstart, cold and cached; the last lin
 # BENCH passes options on, such as BENCH="--corpus DIR --hub DIR --only near".
 bench-data: install .venv-peers/.installed  ## Speed, recall and memory of the data stage, beside its peers.
 	@$(BIN)/python benchmarks/data.py --peers-python .venv-peers/bin/python $(BENCH)
+
+bench-train: install  ## Speed of the training stages beside plain TRL scripts, and their overhead.
+	@$(BIN)/python benchmarks/train.py $(BENCH)
+
+bench-memory: install  ## Estimated memory beside what training really takes.
+	@$(BIN)/python benchmarks/memory.py $(BENCH)
 
 clean:  ## Remove the environment and all results.
 	rm -rf .venv .venv-peers .posttrain

@@ -11,11 +11,11 @@ output is one JSON object:
     defaults_ratio        ours with posttrain's defaults over the plain padded script, SFT by LoRA
                           on the real model
     defaults_ratio_same_environment
-                          the same, the script having the memory allocator's settings of our launcher
+                          the same, the script with the memory allocator's settings of ours
     stage_overhead_s      all of an SFT stage of the real model but its training loop
 
-and, under `cases`, `overhead` and `machine`, what these were computed from. Speed is the best of all
-rounds.
+and, under `cases`, `overhead` and `machine`, what these were computed from. Speed is the best of
+all rounds.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,7 @@ class Data:
 
     @classmethod
     def write(cls, folder: Path, given: argparse.Namespace) -> Data:
+        """Write the rows under `folder`."""
         pairs = alpaca(given.alpaca, 4 * given.rows + 4)
         texts = documents(given.documents)
         chats = [
@@ -275,11 +277,11 @@ class PhaseClock(StageObserver):
         self._begin = 0.0
 
     def started(self, step: BoundStep) -> None:
-        import time
-
+        """Start the clock."""
         self._begin = time.time()
 
     def event(self, step: BoundStep, event: Event) -> None:
+        """Note when a phase begins."""
         if isinstance(event, Phase):
             self.marks.append((event.message.partition(":")[0], event.time))
 
@@ -367,7 +369,8 @@ def converted(folder: Path) -> Path:
 def tiny(folder: Path, like: Path) -> Path:
     """A random model of five million parameters with the real one's tokenizer."""
     script = (
-        "import sys, torch; from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer\n"
+        "import sys, torch\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer\n"
         "torch.manual_seed(0); config = AutoConfig.from_pretrained(sys.argv[1])\n"
         "config.update(dict(hidden_size=96, intermediate_size=256, num_hidden_layers=4,\n"
         "  num_attention_heads=4, num_key_value_heads=2, head_dim=24, dtype='float32'))\n"

@@ -167,6 +167,8 @@ def describe_progress(event: Progress) -> str:
         parts.append(f"loss {event.values['loss']:.3f}")
     if "tokens_per_s" in event.values:
         parts.append(f"{event.values['tokens_per_s']:,.0f} tokens/s")
+    if "mfu" in event.values:
+        parts.append(f"MFU {event.values['mfu']:.0%}")
     if event.eta_s is not None:
         minutes, seconds = divmod(round(event.eta_s), 60)
         parts.append(f"{minutes} min {seconds} s left" if minutes else f"{seconds} s left")

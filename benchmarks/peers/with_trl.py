@@ -15,6 +15,7 @@ BEGIN = time.time()
 
 
 def main() -> None:
+    """Train, save, and say how long it took."""
     settings = json.loads(sys.argv[1])
     trainer = (sft if settings["stage"] == "sft" else pretrain)(settings)
     clock = make_clock()
@@ -36,6 +37,7 @@ def main() -> None:
 
 
 def sft(settings: dict):  # type: ignore[no-untyped-def,type-arg]
+    """TRL's own example: conversational prompt and completion, LoRA by peft."""
     import peft
     import torch
     from datasets import Dataset
@@ -93,6 +95,7 @@ def pretrain(settings: dict):  # type: ignore[no-untyped-def,type-arg]
 
 
 def arguments(settings: dict) -> dict[str, object]:  # type: ignore[type-arg]
+    """What both scripts pass to the trainer."""
     return {
         "output_dir": settings["output"],
         "per_device_train_batch_size": settings["micro_batch_size"],
@@ -119,6 +122,7 @@ def tokens_after_the_first_step(trainer, settings: dict) -> int:  # type: ignore
 
 
 def make_clock():  # type: ignore[no-untyped-def]
+    """A callback that notes when each step ended."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):

@@ -120,17 +120,31 @@ class RefuseDivergence(TrainerCallback):  # type: ignore[misc]  # transformers i
 class ReportProgress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Turns the trainer's log into events; rank 0 only."""
 
-    def __init__(self, events: EventWriter, every: int) -> None:
+    def __init__(
+        self,
+        events: EventWriter,
+        every: int,
+        utilization: Callable[[float], float | None] = lambda _: None,
+    ) -> None:
+        """Report to `events` every so many steps.
+
+        Args:
+            events: Where to.
+            every: Steps between two reports.
+            utilization: Tokens a second -> model FLOPs utilization, None where not known.
+        """
         self._events = events
         self._every = every
+        self._utilization = utilization
         self._tokens = 0
-        self._started = time.monotonic()
+        self._training_s = 0.0
+        self._started = self._step_began = time.monotonic()
         self._first_step = 0
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens a second over all processes since this process began to train."""
-        return self._tokens / max(time.monotonic() - self._started, 1e-9)
+        """Tokens a second over all processes, evaluations and checkpoints not counted."""
+        return self._tokens / max(self._training_s, 1e-9)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -138,6 +152,18 @@ class ReportProgress(TrainerCallback):  # type: ignore[misc]  # transformers is 
         """Start the clock."""
         self._started = time.monotonic()
         self._first_step = state.global_step
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Start the step's clock."""
+        self._step_began = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Stop it."""
+        self._training_s += time.monotonic() - self._step_began
 
     def on_log(
         self,
@@ -165,6 +191,9 @@ class ReportProgress(TrainerCallback):  # type: ignore[misc]  # transformers is 
         per_step = (time.monotonic() - self._started) / max(done_here, 1)
         shown = ("loss", "learning_rate", "grad_norm")
         values: dict[str, float] = {key: logs[key] for key in shown if key in logs}
+        utilization = self._utilization(self.tokens_per_second)
+        if utilization is not None:
+            values["mfu"] = round(utilization, 4)
         self._events.progress(
             state.global_step,
             state.max_steps,

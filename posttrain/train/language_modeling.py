@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 from posttrain.data.prepared import PreparedDataset
 from posttrain.data.rows import Row
 from posttrain.errors import DataError, ModelError
+from posttrain.estimate.architecture import read_architecture
+from posttrain.estimate.speed import model_flops_utilization
 from posttrain.hardware import resolve_dtype
 from posttrain.models import load_causal_lm, load_tokenizer
 from posttrain.recipe.training import TrainingConfig
@@ -199,7 +203,11 @@ def _make_trainer(
     trainable = count_trainable(model)
     check_trainable(trainable, adapter=config.adapter is not None)
     say(context, f"ready: {trainable}")
-    report = ReportProgress(context.events, config.launch.log_every_steps)
+    report = ReportProgress(
+        context.events,
+        config.launch.log_every_steps,
+        _utilization(context, data.table, trainable.count),
+    )
 
     def describe_rows(step: int) -> str:
         loader = trainer.get_train_dataloader()
@@ -218,6 +226,21 @@ def _make_trainer(
     keep_outputs_precise(trainer)
     trainer.add_callback(ProbeMemory(trainer, data.table))
     return trainer, report
+
+
+def _utilization(
+    context: StageContext[Config], table: TrainingTable, trainable: int
+) -> Callable[[float], float | None]:
+    """From tokens a second to the share of the hardware's peak that training reaches."""
+    try:
+        sizes = read_architecture(Path(context.input("model").path))
+    except ModelError:
+        return lambda _: None
+    lengths = np.array([length for entry in table.dataset["seq_lengths"] for length in entry])
+    # A token costs attention by the length of its row: long rows count by their tokens.
+    length = float((lengths**2).sum() / lengths.sum())
+    dtype, processes = resolve_dtype(context.config.dtype), world_size()
+    return lambda speed: model_flops_utilization(speed, sizes, trainable, length, dtype, processes)
 
 
 def _load_model(context: StageContext[Config], steps: int) -> PreTrainedModel:
