@@ -30,9 +30,8 @@ HEAD_COLUMNS = 32768
 """Columns of the vocabulary that TRL's loss computes at once (trl 1.16, `add_fused_lm_head`)."""
 HEAD_ROWS = 4096
 """Positions that it computes at once (trl 1.16, `ChunkedLogProbFunction`)."""
-_HEAD_TILES_IN_TORCH = 7.25
-"""Float32 tensors of a tile's size that live at once beside it in its backward pass without Triton:
-six that the function names, and two of the product's intermediate results less what is freed."""
+HEAD_LOGITS = 2**26
+"""Logits that the head holds at a time on a CPU: a quarter of a GiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -99,19 +98,18 @@ def during_backward(sizes: Architecture, batch: Pass, how: Computation) -> float
 
 
 def head(sizes: Architecture, batch: Pass, how: Computation) -> float:
-    """Bytes for output head and loss, which TRL computes in tiles of 4096 positions x 32768 words.
+    """Bytes for output head and loss.
 
-    Logits never exist as a whole: the backward pass computes each tile again. With Triton (CUDA) a
-    tile becomes its own gradient in place; in torch (CPU) several tensors of its size live at once.
-    The gradient of the hidden states is float32.
+    On CUDA TRL computes it in tiles of 4096 positions x 32768 words; a tile becomes its own gradient
+    in place, and the backward pass computes it again. On a CPU `posttrain.train.head` holds up to
+    `HEAD_LOGITS` at a time, with their logarithms and gradients in float32.
     """
-    rows = min(batch.tokens, HEAD_ROWS)
     hidden = 2 * batch.tokens * FLOAT32 * sizes.hidden
     if how.cuda:
-        return rows * HEAD_COLUMNS * how.width + hidden
-    # The buffer is 32768 wide for a smaller vocabulary, too; what is not touched takes no memory.
-    columns = min(sizes.vocab, HEAD_COLUMNS)
-    return rows * columns * (how.width + _HEAD_TILES_IN_TORCH * FLOAT32) + hidden
+        return min(batch.tokens, HEAD_ROWS) * HEAD_COLUMNS * how.width + hidden
+    logits = min(batch.tokens * sizes.vocab, HEAD_LOGITS)
+    in_16_bits = 2 * how.width if how.width < FLOAT32 else 0
+    return logits * (3 * FLOAT32 + in_16_bits) + hidden
 
 
 def _norms(sizes: Architecture, trained: bool) -> float:

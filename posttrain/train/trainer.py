@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import trl.trainer.utils
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -19,6 +18,7 @@ from trl import SFTTrainer
 
 from posttrain.train.adapter_training import ExactAdapterCheckpoints
 from posttrain.train.adapters import keep_dtypes
+from posttrain.train.head import prefer_plain_head
 from posttrain.train.held_out import HeldOut
 from posttrain.train.sharding import remember_division
 from posttrain.train.tokenize import IGNORED
@@ -33,7 +33,7 @@ class TokenWeightedTrainer(ExactAdapterCheckpoints, SFTTrainer):  # type: ignore
     """
 
     def __init__(self, *, held_out: HeldOut, **arguments: Any) -> None:
-        _score_labelled_positions_only()
+        prefer_plain_head()
         with keep_dtypes(arguments["model"]):
             super().__init__(eval_dataset=held_out.table.dataset, **arguments)
         self.remove_callback(PrinterCallback)  # progress goes to events.jsonl
@@ -111,16 +111,6 @@ class TokenWeightedTrainer(ExactAdapterCheckpoints, SFTTrainer):  # type: ignore
         summed = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
         numbers: list[float] = summed.tolist()
         return numbers
-
-
-def _score_labelled_positions_only() -> None:
-    """Project no position to the vocabulary whose next token is not trained on.
-
-    TRL does so where Triton runs. Elsewhere it scores every position, lest shapes change from batch
-    to batch and a compiler start again; on a CPU nothing is compiled.
-    """
-    if not torch.cuda.is_available():
-        trl.trainer.utils._use_triton = lambda _device: True
 
 
 def _by_sequence(log_probs: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
