@@ -251,7 +251,7 @@ def stage_overhead(folder: Path, model: Path, data: Data) -> dict[str, float]:
                 "model": str(model),
                 "datasets": {"rows": {"source": str(data.recipe_rows)}},
                 "stages": [
-                    {"prepare": {"dataset": "rows", "split": {"validation": 4}}},
+                    {"prepare": {"dataset": "rows", "split": {"validation": 0.1}}},
                     {"sft": {"dataset": "rows", "max_steps": 4, "validation": {"max_rows": 4}}},
                 ],
             }

@@ -31,7 +31,10 @@ HEAD_COLUMNS = 32768
 HEAD_ROWS = 4096
 """Positions that it computes at once (trl 1.16, `ChunkedLogProbFunction`)."""
 HEAD_LOGITS = 2**26
-"""Logits that the head holds at a time on a CPU: a quarter of a GiB in float32."""
+"""Logits that the head computes at a time on a CPU: a quarter of a GiB in float32."""
+HEAD_KEPT = 2**28
+"""Logarithms of probabilities that it keeps for the backward pass, at most: a GiB. Those of longer
+passes are computed again."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +103,17 @@ def during_backward(sizes: Architecture, batch: Pass, how: Computation) -> float
 def head(sizes: Architecture, batch: Pass, how: Computation) -> float:
     """Bytes for output head and loss.
 
-    On CUDA TRL computes it in tiles of 4096 positions x 32768 words; a tile becomes its own gradient
-    in place, and the backward pass computes it again. On a CPU `posttrain.train.head` holds up to
-    `HEAD_LOGITS` at a time, with their logarithms and gradients in float32.
+    On CUDA TRL computes it in tiles of 4096 positions x 32768 words; a tile becomes its own
+    gradient in place, and the backward pass computes it again. On a CPU `posttrain.train.head`
+    computes up to `HEAD_LOGITS` at a time, and keeps their logarithms where they are few enough.
     """
     hidden = 2 * batch.tokens * FLOAT32 * sizes.hidden
     if how.cuda:
         return min(batch.tokens, HEAD_ROWS) * HEAD_COLUMNS * how.width + hidden
-    logits = min(batch.tokens * sizes.vocab, HEAD_LOGITS)
+    every = batch.tokens * sizes.vocab
+    kept = every if every <= HEAD_KEPT else min(every, HEAD_LOGITS)
     in_16_bits = 2 * how.width if how.width < FLOAT32 else 0
-    return logits * (3 * FLOAT32 + in_16_bits) + hidden
+    return kept * FLOAT32 + min(every, HEAD_LOGITS) * (2 * FLOAT32 + in_16_bits) + hidden
 
 
 def _norms(sizes: Architecture, trained: bool) -> float:

@@ -14,14 +14,14 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 import trl.trainer.utils
 from torch.utils.checkpoint import checkpoint
 
-from posttrain.estimate.activations import HEAD_LOGITS
+from posttrain.estimate.activations import HEAD_KEPT, HEAD_LOGITS
 
 
 def prefer_plain_head() -> None:
     """Compute TRL's fused head this way where there is no GPU.
 
-    TRL leaves out positions without a label where Triton runs. Elsewhere it scores all of them, lest
-    shapes change from batch to batch and a compiler start again; on a CPU nothing is compiled.
+    TRL leaves out positions without a label where Triton runs. Elsewhere it scores all of them,
+    lest shapes change from batch to batch and a compiler start again; on a CPU nothing is compiled.
     """
     if not torch.cuda.is_available():
         trl.trainer.utils._use_triton = lambda _device: True
@@ -75,10 +75,11 @@ class PlainLogProbs:
 
         positions = max(1, HEAD_LOGITS // weight.shape[0])
         pieces = list(zip(hidden.split(positions), targets.split(positions), strict=True))
-        if len(pieces) == 1 or not torch.is_grad_enabled():
+        few = len(targets) * weight.shape[0] <= HEAD_KEPT
+        if few or not torch.is_grad_enabled():
             scores = [score(states, wanted) for states, wanted in pieces]
         else:
-            # The logits of one piece at a time: they are computed again when it is their turn.
+            # Nothing is kept of a piece: it is computed again when it is its turn.
             scores = [
                 checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False)
                 for piece in pieces

@@ -21,12 +21,13 @@ def trl_head(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="TRL's own head is used on GPUs")
-@pytest.mark.parametrize("logits_at_a_time", [head.HEAD_LOGITS, 3000])
+@pytest.mark.parametrize(("at_a_time", "kept"), [(2**26, 2**28), (3000, 2**28), (3000, 0)])
 def test_the_head_scores_as_the_model_itself_does(
-    tiny_model: Path, trl_head: pytest.MonkeyPatch, logits_at_a_time: int
+    tiny_model: Path, trl_head: pytest.MonkeyPatch, at_a_time: int, kept: int
 ) -> None:
-    """Losses and gradients, in one piece and in pieces of five positions."""
-    trl_head.setattr(head, "HEAD_LOGITS", logits_at_a_time)
+    """Losses and gradients, in one piece, in pieces of five positions, and computed twice."""
+    trl_head.setattr(head, "HEAD_LOGITS", at_a_time)
+    trl_head.setattr(head, "HEAD_KEPT", kept)
     prefer_plain_head()
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     ids = torch.tensor([tokenizer("The door of the house is red.")["input_ids"]])
