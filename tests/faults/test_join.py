@@ -105,6 +105,7 @@ def test_stopping_the_run_ends_the_ranks_of_the_other_machine(
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_a_run_can_be_stopped_while_it_waits_for_others(
     two_machines: Callable[..., Program],
 ) -> None:

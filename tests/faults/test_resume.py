@@ -101,7 +101,15 @@ def finished(tiny_model: Path, tmp_path: Path) -> Path:
     return stage_dir
 
 
-@pytest.mark.parametrize("method", ["documents in blocks", "adalora", "pissa", "pfeiffer"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "documents in blocks",
+        "adalora",
+        pytest.param("pissa", marks=pytest.mark.slow),
+        pytest.param("pfeiffer", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_of_any_method_ends_in_the_bytes_of_an_uninterrupted_one(
     method: str, tiny_model: Path, tmp_path: Path
 ) -> None:

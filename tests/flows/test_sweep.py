@@ -227,6 +227,7 @@ def test_garbage_collection_leaves_the_trials_and_the_recipes_own_runs(swept: Sw
     assert [item for item in garbage if item.path.parent.name != "work"] == []
 
 
+@pytest.mark.slow
 def test_the_command_line_finds_the_finished_sweep_and_says_what_to_run(swept: Swept) -> None:
     command = ["-m", "posttrain", "sweep", str(swept.recipe), "--over", *OVER]
     command += ["--set", *OVERRIDES, "--json"]

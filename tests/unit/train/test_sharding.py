@@ -234,6 +234,7 @@ def test_zero_3_learns_resumes_and_saves_the_best_like_one_process(
         main(StageContext(run.stage_dir, SftConfig))
 
 
+@pytest.mark.slow
 def test_fsdp_learns_and_saves_the_best_like_one_process(
     alone: Callable[..., Run], sharded: Callable[..., Run], tiny_model: Path
 ) -> None:
