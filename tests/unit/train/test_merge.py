@@ -21,6 +21,7 @@ from posttrain.stages.merge import main
 from posttrain.stages.program import StageContext, StageInput, StageResult
 from posttrain.train.adapters import add_adapter
 from posttrain.train.outputs import check_reload, final_logits, max_difference, save_adapter
+from posttrain.train.quantization import load_quantized
 from posttrain.train.rows import encode_rows
 from tests.unit.train.programs import digests_of, make_dataset, make_stage_dir
 
@@ -156,21 +157,14 @@ def trained_adapter(base: Path, folder: Path, config: AdapterConfig) -> None:
 def test_the_difference_to_the_4_bit_model_that_was_trained_is_told(
     tiny_model: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    from transformers import BitsAndBytesConfig
-
     output, result = merge(
         tmp_path / "merge", adapter, tiny_model, quantization=Quantization().model_dump()
     )
     plain, unquantized = merge(tmp_path / "plain", adapter, tiny_model)
     assert digests_of(output) == digests_of(plain)
     assert not any(name.startswith("quantized") for name in unquantized.metrics)
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=settings)
+    source = StageInput(kind="model", path=str(tiny_model), digest="")
+    base = load_quantized(source, Quantization(), "float32")
     trained = peft.PeftModel.from_pretrained(base, adapter).eval()
     prompts = check_prompts(tmp_path / "merge-data", tiny_model)
     apart = max_difference(
