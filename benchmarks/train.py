@@ -72,8 +72,9 @@ def main() -> None:
         real = given.model or converted(folder)
         data = Data.write(folder, given)
         cases = comparisons(given, real, tiny(folder, real))
+        cases = [case for case in cases if not given.cases or case.name in given.cases]
         found = {case.name: compare(case, data, folder, given.rounds) for case in cases}
-        overhead = stage_overhead(folder, real, data) if "overhead" in given.only else {}
+        overhead = {} if given.no_overhead else stage_overhead(folder, real, data)
     print(json.dumps(summary(found, overhead)))
 
 
@@ -89,8 +90,10 @@ def arguments() -> argparse.Namespace:
     option("--rounds", type=int, default=2)
     option("--rows", type=int, default=64)
     option("--cores", type=int, default=2)
-    option("--only", type=lambda text: set(text.split(",")),
-           default={"equal", "defaults", "overhead"})  # fmt: skip
+    option(
+        "--cases", type=lambda text: set(text.split(",")), help="such as pretrain-tiny; else all"
+    )
+    option("--no-overhead", action="store_true", help="leave the stage's overhead out")
     return parser.parse_args()
 
 
