@@ -343,21 +343,24 @@ def _student(numerator: Floats, denominator: Floats, confidence: float) -> _Inte
     """Bounds of sum(numerator) / sum(denominator) from two units or more."""
     n = len(numerator)
     ratio = float(numerator.sum() / denominator.sum())
-    half = float(stats.t.ppf(confidence, n - 1)) * _ratio_error(numerator, denominator)
+    half = float(stats.t.ppf(confidence, n - 1)) * ratio_error(numerator, denominator)
     return _Interval(ratio - half, ratio + half)
 
 
 def _student_p(numerator: Floats, denominator: Floats, null: float) -> float:
     n = len(numerator)
     excess = float(numerator.sum() / denominator.sum()) - null
-    error = _ratio_error(numerator, denominator)
+    error = ratio_error(numerator, denominator)
     if error == 0:
         return 0.0 if excess < 0 else 1.0
     return float(stats.t.cdf(excess / error, n - 1))
 
 
-def _ratio_error(numerator: Floats, denominator: Floats) -> float:
-    """Linearised standard error of sum(numerator) / sum(denominator)."""
+def ratio_error(numerator: Floats, denominator: Floats) -> float:
+    """Linearised standard error of sum(numerator) / sum(denominator), for two rows and more.
+
+    The delta method: Cochran, Sampling Techniques, 1977, section 6.3.
+    """
     n = len(numerator)
     residual = numerator - denominator * (numerator.sum() / denominator.sum())
     return float(math.sqrt(n / (n - 1) * (residual**2).sum()) / denominator.sum())

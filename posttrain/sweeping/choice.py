@@ -102,11 +102,9 @@ def rows_standard_error(difference: Floats, tokens: Floats) -> float | None:
     Returns:
         Nats a token; None for fewer than two rows.
     """
-    n = len(difference)
-    if n < 2:
-        return None
-    residual = difference - tokens * (difference.sum() / tokens.sum())
-    return float(math.sqrt(n / (n - 1) * float((residual**2).sum())) / tokens.sum())
+    from posttrain.evaluate.statistics import ratio_error  # scipy takes its time
+
+    return ratio_error(difference, tokens) if len(difference) > 1 else None
 
 
 def seeds_standard_error(values: Sequence[float], best: Sequence[float]) -> float | None:

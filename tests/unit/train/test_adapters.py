@@ -1,5 +1,4 @@
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +68,6 @@ every_method = pytest.mark.parametrize("config", METHODS.values(), ids=METHODS.k
 
 class ExactTrainer(ExactAdapterCheckpoints, Trainer):  # type: ignore[misc]
     pass
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def load_base(folder: Path, dtype: str = "float32") -> PreTrainedModel:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -53,14 +52,6 @@ DECODERS = [
     ("GPTNeoX", NEOX, r"gpt_neox\.layers\.\d+\.(attention|mlp)"),
     ("OPT", {**NEOX, "ffn_dim": 64}, r"model\.decoder\.layers\.\d+\.(self_attn|fc2)"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def bottleneck(**settings: object) -> BottleneckConfig:

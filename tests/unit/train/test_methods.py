@@ -1,6 +1,5 @@
 """Every way to train, from the stage's program to the model that comes back from disk."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "neftune": {"adapter": None, "optimization": {"learning_rate": 2e-3, "neftune_alpha": 5}},
 }
 QUANTIZED = {"qlora"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -59,14 +58,6 @@ def train(stage_dir: Path) -> StageResult:
     result = main(context)
     assert result is not None
     return result
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

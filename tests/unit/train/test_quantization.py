@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,6 @@ METHODS: dict[str, AdapterConfig] = {
     "bottleneck": BottleneckConfig(type="bottleneck", reduction=4),
 }
 PROMPTS = [[1, 50, 60, 70], [1, 80, 81, 82, 83, 84]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
