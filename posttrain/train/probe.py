@@ -9,7 +9,9 @@ Importing this module imports transformers: do it inside functions.
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -148,7 +150,10 @@ def _future_states(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | PassTooLarge) or should_reduce_batch_size(error)
+    if isinstance(error, MemoryError | PassTooLarge) or should_reduce_batch_size(error):
+        return True
+    # Mapping a file fails with the system's own words, from Python and from Rust alike.
+    return os.strerror(errno.ENOMEM) in str(error)
 
 
 def _what_to_write(config: TrainingConfig, micro: int, reason: str) -> str:
