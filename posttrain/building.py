@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from posttrain.ancestry import Ancestry
 from posttrain.benchmarks import identify_benchmarks
@@ -12,23 +13,30 @@ from posttrain.evaluate.python_docs_task import TASKS
 from posttrain.hardware import resolve_dtype
 from posttrain.merge_inputs import folding_problems, merge_inputs, merge_problems
 from posttrain.model_reference import ModelReference
-from posttrain.pipeline import Input, Output, Pipeline, Rows, Step
+from posttrain.pipeline import Code, Input, Output, Pipeline, Rows, Step
 from posttrain.recipe import (
     ContaminationConfig,
     ConvertConfig,
+    DpoConfig,
     EvaluateConfig,
     GateConfig,
+    KtoConfig,
     MergeConfig,
     MixConfig,
+    OnlineConfig,
     PreflightConfig,
     PrepareConfig,
     PretrainConfig,
     Recipe,
+    ReferenceConfig,
+    RewardConfig,
+    RewardTerm,
     StageConfig,
     TrainingConfig,
 )
 from posttrain.recipe.base import ArtifactKind
 from posttrain.recipe.mix import MIXED, MixShare, MixSource
+from posttrain.recipe.online import REWARD
 from posttrain.recipe.prepare import AGAINST, Decontaminate
 from posttrain.recipe.pretrain import Replay
 from posttrain.store.digests import DigestCache
@@ -98,6 +106,8 @@ class _Builder:
     """Steps that leave a model or an adapter, by name."""
     prepared: dict[str, Output] = field(default_factory=dict)
     """Prepared datasets by dataset name."""
+    rewards: dict[str, Output] = field(default_factory=dict)
+    """Steps that leave a reward model, by name."""
     trained_on: dict[str, str] = field(default_factory=dict)
     """Dataset name by model-making step."""
     evaluated: tuple[Output, Output] | None = None
@@ -136,7 +146,10 @@ class _Builder:
         if dataset not in self.rows:
             return
         check = PreflightConfig(
-            max_length=config.batching.max_length, extra_args=tuple(config.extra_args)
+            method=config.stage,
+            max_length=_longest_prompt(config) or config.batching.max_length,
+            extra_args=tuple(config.extra_args),
+            trl_config=config.trl_config,
         )
         inputs = {"model": self.base, "rows": self.rows[dataset]}
         if not any((step.config, step.inputs) == (check, inputs) for step in self.steps):
@@ -233,8 +246,59 @@ class _Builder:
             return
         kind: ArtifactKind = "adapter" if config.adapter else "model"
         config = config.model_copy(update={"dtype": resolve_dtype(config.dtype)})
-        inputs = {"model": model, "dataset": dataset}
-        self._leave_model(self._add(config.stage, config, inputs, kind), name)
+        inputs: dict[str, Input] = {"model": model, "dataset": dataset}
+        if isinstance(config, OnlineConfig):
+            inputs.update(self._rewards(where, config))
+        if isinstance(config, DpoConfig | KtoConfig) and config.reference == "cached":
+            inputs["reference"] = self._add_reference(config, inputs)
+        if isinstance(config, RewardConfig):
+            output = self._add(config.stage, config, inputs, "reward")
+            self.rewards[output.step] = output
+        else:
+            self._leave_model(self._add(config.stage, config, inputs, kind), name)
+
+    def _add_reference(self, config: DpoConfig | KtoConfig, inputs: Mapping[str, Input]) -> Output:
+        """Score the answers once, for every stage that compares with the same model."""
+        micro = config.micro_batch_size
+        reference = ReferenceConfig(
+            method=config.stage,
+            max_length=config.batching.max_length,
+            max_held_out_rows=config.validation.max_rows,
+            mismatch=micro if isinstance(config, KtoConfig) else 1,
+            dtype=config.dtype,
+            micro_batch_size=micro,
+        )
+        for other in self.steps:
+            if (other.config, other.inputs) == (reference, dict(inputs)):
+                return other.output
+        return self._add("reference", reference, inputs)
+
+    def _rewards(self, where: str, config: OnlineConfig) -> Iterator[tuple[str, Input]]:
+        """What scores the answers and what watches over it, by the names of the stage's inputs."""
+        for term in config.terms:
+            source = self._reward(where, term)
+            if source is not None:
+                yield REWARD + term.name, source
+        watch = config.watch
+        if watch.tasks:
+            yield (
+                "benchmarks",
+                identify_benchmarks(watch.tasks, (), watch.offline_root, self.digests),
+            )
+
+    def _reward(self, where: str, term: RewardTerm) -> Input | None:
+        if term.model is None:
+            path = str(term.function).rpartition(":")[0]
+            if Path(path).is_file():
+                return Code(path, self.digests.file_digest(Path(path)))
+            self._problem(f"{where}.reward", f"there is no file {path}", "write FILE.py:NAME")
+        elif term.model in self.rewards:
+            return self.rewards[term.model]
+        else:
+            known = ", ".join(self.rewards) or "none"
+            fix = f"put `- reward: {{dataset: ...}}` before it; reward stages so far: {known}"
+            self._problem(f"{where}.reward", f"no stage before it is `{term.model}`", fix)
+        return None
 
     def _add_replay(self, where: str, dataset: str, replay: Replay) -> str:
         """Mix general text into a training dataset; returns the name of the mix."""
@@ -393,3 +457,8 @@ class _Builder:
 
     def _problem(self, where: str, message: str, fix: str) -> None:
         self.problems.append(Problem(where, message, fix))
+
+
+def _longest_prompt(config: TrainingConfig) -> int | None:
+    """Tokens of the longest prompt that is asked, for a stage that learns from prompts."""
+    return config.rollout.max_prompt_tokens if isinstance(config, OnlineConfig) else None

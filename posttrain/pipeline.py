@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from posttrain.benchmarks import Benchmarks
 from posttrain.model_reference import ModelReference
@@ -17,6 +18,7 @@ from posttrain.recipe import (
     DatasetSpec,
     Recipe,
     StageConfig,
+    TrainingConfig,
     result_config,
 )
 from posttrain.recipe.base import ArtifactKind
@@ -49,10 +51,19 @@ class Output:
     kind: ArtifactKind
 
 
-Source = Artifact | ModelReference | Rows | Benchmarks
+@dataclass(frozen=True)
+class Code:
+    """A file of the user's that a stage runs."""
+
+    path: str
+    digest: str
+    """Of its bytes. What it imports is not in it."""
+
+
+Source = Artifact | ModelReference | Rows | Benchmarks | Code
 """What an input turns out to be."""
 
-Input = ModelReference | Rows | Benchmarks | Output
+Input = ModelReference | Rows | Benchmarks | Code | Output
 
 
 @dataclass(frozen=True)
@@ -142,7 +153,7 @@ class Pipeline:
         for name, value in step.inputs.items():
             sources[name] = done[value.step] if isinstance(value, Output) else value
             record = _record(sources[name])
-            if record.kind == "adapter" and isinstance(value, Output):
+            if isinstance(value, Output) and _needs_base(self.step(value.step)):
                 base = self.step(value.step).inputs["model"]
                 bases[name] = done[base.step] if isinstance(base, Output) else _model(base)
                 # The same adapter on another base is another model.
@@ -156,6 +167,12 @@ class Pipeline:
             {name: record.digest for name, record in records.items()},
         )
         return BoundStep(step, self.recipe.name, fingerprint, records, sources, bases)
+
+
+def _needs_base(step: Step) -> bool:
+    """Whether what a step leaves is an adapter, of a model or of one that scores answers."""
+    trained = step.config.adapter if isinstance(step.config, TrainingConfig) else None
+    return step.kind == "adapter" or (step.kind == "reward" and trained is not None)
 
 
 def _record(source: Source) -> InputRecord:
@@ -174,6 +191,8 @@ def _record(source: Source) -> InputRecord:
             )
         case Benchmarks():
             return InputRecord(kind="source", digest=source.digest, source=", ".join(source.names))
+        case Code():
+            return InputRecord(kind="source", digest=source.digest, source=source.path)
 
 
 def _rows_source(rows: Rows) -> str:
@@ -195,5 +214,7 @@ def _path(source: Source) -> str:
             return str(source.fetch())
         case Benchmarks():
             return ", ".join(source.names)
+        case Code():
+            return str(Path(source.path).resolve())
         case Rows():
             return _rows_source(source)

@@ -7,14 +7,23 @@ from posttrain.recipe.base import RowFamily, RowFormat, StageConfig, result_conf
 from posttrain.recipe.contamination import ContaminationConfig
 from posttrain.recipe.convert import ConvertConfig
 from posttrain.recipe.datasets import DatasetSpec
+from posttrain.recipe.dpo import DpoConfig
 from posttrain.recipe.evaluate import EvaluateConfig
 from posttrain.recipe.gate import GateConfig
+from posttrain.recipe.grpo import GrpoConfig
+from posttrain.recipe.kto import KtoConfig
 from posttrain.recipe.merge import MergeConfig
 from posttrain.recipe.mix import MixConfig
+from posttrain.recipe.online import OnlineConfig, RewardTerm
+from posttrain.recipe.orpo import OrpoConfig
+from posttrain.recipe.ppo import PpoConfig
 from posttrain.recipe.preflight import PreflightConfig
 from posttrain.recipe.prepare import PrepareConfig
 from posttrain.recipe.pretrain import PretrainConfig
 from posttrain.recipe.recipe import STAGES, Recipe
+from posttrain.recipe.reference import ReferenceConfig
+from posttrain.recipe.reward import RewardConfig
+from posttrain.recipe.rloo import RlooConfig
 from posttrain.recipe.sft import SftConfig
 from posttrain.recipe.training import TrainingConfig
 
@@ -23,14 +32,24 @@ __all__ = [
     "ContaminationConfig",
     "ConvertConfig",
     "DatasetSpec",
+    "DpoConfig",
     "EvaluateConfig",
     "GateConfig",
+    "GrpoConfig",
+    "KtoConfig",
     "MergeConfig",
     "MixConfig",
+    "OnlineConfig",
+    "OrpoConfig",
+    "PpoConfig",
     "PreflightConfig",
     "PrepareConfig",
     "PretrainConfig",
     "Recipe",
+    "ReferenceConfig",
+    "RewardConfig",
+    "RewardTerm",
+    "RlooConfig",
     "RowFamily",
     "RowFormat",
     "SftConfig",

@@ -6,8 +6,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-ArtifactKind = Literal["dataset", "model", "adapter", "evaluation", "verdict", "report"]
-"""What a stage leaves in the store. `model` is complete weights, `adapter` needs its base."""
+ArtifactKind = Literal["dataset", "model", "adapter", "reward", "evaluation", "verdict", "report"]
+"""What a stage leaves in the store. `model` is complete weights, `adapter` needs its base, `reward`
+scores answers: complete weights, or an adapter that needs its base."""
 
 RowFormat = Literal[
     "text", "prompt_completion", "alpaca", "messages", "sharegpt", "preference", "kto"

@@ -15,9 +15,13 @@ class PreflightConfig(StageConfig):
     produces: ClassVar[ArtifactKind] = "report"
 
     stage: Literal["preflight"] = "preflight"
+    method: str
+    """The training stage's kind."""
     max_length: Annotated[int, Field(ge=8)]
     """The training stage's longest sequence, in tokens."""
     extra_args: tuple[str, ...] = ()
     """Names under the training stage's `extra_args`."""
+    trl_config: str | None = "SFTConfig"
+    """TRL's class that these are fields of."""
     sample_rows: Annotated[int, Field(ge=1)] = 64
     """Rows read from the start of the dataset."""

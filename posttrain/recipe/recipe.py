@@ -9,12 +9,19 @@ from pydantic_core import PydanticCustomError
 
 from posttrain.recipe.base import StageConfig, Strict, unhashed
 from posttrain.recipe.datasets import DatasetSpec
+from posttrain.recipe.dpo import DpoConfig
 from posttrain.recipe.evaluate import EvaluateConfig
 from posttrain.recipe.gate import GateConfig
+from posttrain.recipe.grpo import GrpoConfig
+from posttrain.recipe.kto import KtoConfig
 from posttrain.recipe.merge import MergeConfig
 from posttrain.recipe.mix import MixConfig
+from posttrain.recipe.orpo import OrpoConfig
+from posttrain.recipe.ppo import PpoConfig
 from posttrain.recipe.prepare import PrepareConfig
 from posttrain.recipe.pretrain import PretrainConfig
+from posttrain.recipe.reward import RewardConfig
+from posttrain.recipe.rloo import RlooConfig
 from posttrain.recipe.sft import SftConfig
 
 STAGES: dict[str, type[StageConfig]] = {
@@ -22,6 +29,13 @@ STAGES: dict[str, type[StageConfig]] = {
     "mix": MixConfig,
     "pretrain": PretrainConfig,
     "sft": SftConfig,
+    "reward": RewardConfig,
+    "ppo": PpoConfig,
+    "grpo": GrpoConfig,
+    "rloo": RlooConfig,
+    "dpo": DpoConfig,
+    "orpo": OrpoConfig,
+    "kto": KtoConfig,
     "merge": MergeConfig,
     "evaluate": EvaluateConfig,
     "gate": GateConfig,
@@ -59,6 +73,13 @@ AnyStage = Annotated[
         | MixConfig
         | PretrainConfig
         | SftConfig
+        | RewardConfig
+        | PpoConfig
+        | GrpoConfig
+        | RlooConfig
+        | DpoConfig
+        | OrpoConfig
+        | KtoConfig
         | MergeConfig
         | EvaluateConfig
         | GateConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from posttrain.recipe.base import RowFamily
-from posttrain.recipe.training import TrainingConfig
+from posttrain.recipe.training import SFT_RATE, TrainingConfig
 
 
 class SftConfig(TrainingConfig):
@@ -13,6 +13,6 @@ class SftConfig(TrainingConfig):
 
     code_version: ClassVar[int] = 2
     family: ClassVar[RowFamily] = "chats"
-    peak_learning_rate: ClassVar[float] = 2e-5
+    peak_learning_rate: ClassVar[float] = SFT_RATE
 
     stage: Literal["sft"] = "sft"

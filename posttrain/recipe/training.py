@@ -18,6 +18,9 @@ from posttrain.recipe.adapters import (
 )
 from posttrain.recipe.base import ArtifactKind, DType, RowFamily, StageConfig, Strict, unhashed
 
+SFT_RATE = 2e-5
+"""Usual peak learning rate of supervised fine-tuning over all weights."""
+
 
 class Optimization(Strict):
     """How far and how fast the weights move."""
@@ -149,8 +152,12 @@ class TrainingConfig(StageConfig):
     )
     family: ClassVar[RowFamily]
     """Rows that the method learns from."""
+    also_reads: ClassVar[frozenset[RowFamily]] = frozenset()
+    """Further kinds of rows that hold what it needs."""
     peak_learning_rate: ClassVar[float]
     """Default of `optimization.learning_rate` when all weights are trained."""
+    trl_config: ClassVar[str | None] = "SFTConfig"
+    """TRL's class that `extra_args` are fields of, below `trl`; None for a method of ours."""
 
     dataset: str
     """Name of a dataset, as written under `datasets`, or of a `mix`."""
@@ -177,7 +184,8 @@ class TrainingConfig(StageConfig):
     """Seed of data order, dropout and initialisation."""
     launch: Launch = unhashed(Launch(), "Processes and checkpoints; changes no result.")
     extra_args: dict[str, Any] = {}
-    """Further fields of TRL's SFTConfig by name, checked against the real class."""
+    """Further fields of the method's config class in TRL by name, such as SFTConfig's, checked
+    against the real class."""
 
     @model_validator(mode="before")
     @classmethod
@@ -270,8 +278,13 @@ class TrainingConfig(StageConfig):
     @property
     def learning_rate(self) -> float:
         """The stated peak learning rate, or the default of the method."""
-        method = self.adapter or self
-        return self.optimization.learning_rate or method.peak_learning_rate
+        if self.optimization.learning_rate is not None:
+            return self.optimization.learning_rate
+        if self.adapter is None:
+            return self.peak_learning_rate
+        # An adapter's own rate is that of SFT. A method that moves all weights more gently than SFT
+        # does moves an adapter as much more gently.
+        return self.adapter.peak_learning_rate * min(1.0, self.peak_learning_rate / SFT_RATE)
 
     @property
     def padding_free(self) -> bool:

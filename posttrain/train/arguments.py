@@ -1,11 +1,11 @@
-"""From a recipe's stage to TRL's arguments, and the check of `extra_args`."""
+"""From a recipe's stage to the arguments of TRL's trainers, and the check of `extra_args`."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from posttrain.train.quantization import optimizer_name
 from posttrain.train.sharding import sharding_arguments
 
 if TYPE_CHECKING:
-    from trl import SFTConfig as TrlSftConfig
+    from transformers import TrainingArguments
 
 HAS_RECIPE_KEY = {
     "bf16": "dtype",
@@ -94,6 +94,51 @@ MANAGED = {
 """TRL's name -> why posttrain sets it and a recipe cannot."""
 
 
+METHOD_KEYS: dict[str, dict[str, str]] = {
+    "RewardConfig": {"center_rewards_coefficient": "center"},
+    "DPOConfig": {
+        "beta": "beta",
+        "loss_type": "loss",
+        "label_smoothing": "label_smoothing",
+        "precompute_ref_log_probs": "reference",
+        "precompute_ref_batch_size": "batching.micro_batch_size",
+    },
+    "KTOConfig": {
+        "beta": "beta",
+        "loss_type": "loss",
+        "desirable_weight": "desirable_weight",
+        "undesirable_weight": "undesirable_weight",
+        "precompute_ref_log_probs": "reference",
+        "precompute_ref_batch_size": "batching.micro_batch_size",
+    },
+    "experimental.orpo.ORPOConfig": {"beta": "beta"},
+    "GRPOConfig": {
+        "beta": "beta",
+        "epsilon": "clip",
+        "loss_type": "loss",
+        "scale_rewards": "scale_rewards",
+        "num_generations": "answers",
+        "num_iterations": "passes",
+        "max_completion_length": "rollout.max_new_tokens",
+        "temperature": "rollout.temperature",
+        "reward_weights": "reward",
+        "use_vllm": "rollout.backend",
+    },
+    "RLOOConfig": {
+        "beta": "beta",
+        "epsilon": "clip",
+        "normalize_advantages": "normalize_advantages",
+        "num_generations": "answers",
+        "num_iterations": "passes",
+        "max_completion_length": "rollout.max_new_tokens",
+        "temperature": "rollout.temperature",
+        "reward_weights": "reward",
+        "use_vllm": "rollout.backend",
+    },
+}
+"""By TRL's class: its name -> the recipe's key within the stage that says the same."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How rows become optimizer steps; the same for every number of processes."""
@@ -115,7 +160,18 @@ class Schedule:
         return self.micro_batch_size * self.world_size
 
 
-def check_extra_args(names: Iterable[str], where: str = "extra_args") -> list[Problem]:
+def config_class(trl_config: str) -> type[TrainingArguments]:
+    """TRL's config class of that name below `trl`, such as `experimental.orpo.ORPOConfig`."""
+    import importlib
+
+    module, _, name = f"trl.{trl_config}".rpartition(".")
+    found: type[TrainingArguments] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def check_extra_args(
+    names: Iterable[str], where: str = "extra_args", trl_config: str = "SFTConfig"
+) -> list[Problem]:
     """What is wrong with the names under `extra_args`; an empty list means nothing.
 
     Imports TRL, which takes seconds: call it in a process of its own where that matters.
@@ -123,15 +179,15 @@ def check_extra_args(names: Iterable[str], where: str = "extra_args") -> list[Pr
     Args:
         names: Names as written in the recipe.
         where: The key in the recipe that holds them, such as `stages[2].sft.extra_args`.
+        trl_config: The method's config class in TRL, as the stage's `trl_config` has it.
     """
-    from trl import SFTConfig as TrlSftConfig
-
-    known = {field.name for field in dataclasses.fields(TrlSftConfig) if field.init}
+    known = {field.name for field in dataclasses.fields(config_class(trl_config)) if field.init}
+    recipe_keys = {**HAS_RECIPE_KEY, **METHOD_KEYS.get(trl_config, {})}
     problems = []
     for name in names:
         key = f"{where}.{name}"
-        if name in HAS_RECIPE_KEY:
-            fix = f"write `{HAS_RECIPE_KEY[name]}` of the stage instead"
+        if name in recipe_keys:
+            fix = f"write `{recipe_keys[name]}` of the stage instead"
             problems.append(Problem(key, "the recipe has a key of its own for this", fix))
         elif name in MANAGED:
             problems.append(
@@ -140,7 +196,7 @@ def check_extra_args(names: Iterable[str], where: str = "extra_args") -> list[Pr
         elif name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=3)
             hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else None
-            problems.append(Problem(key, "trl.SFTConfig has no such field", hint))
+            problems.append(Problem(key, f"trl.{trl_config} has no such field", hint))
     return problems
 
 
@@ -174,16 +230,26 @@ def training_arguments(
     checkpoints: Path,
     dtype: ResolvedDType,
     resumed: bool,
-) -> TrlSftConfig:
-    """TRL's arguments for a stage; `extra_args` are added last and can replace nothing of ours.
+    method: Mapping[str, object],
+) -> TrainingArguments:
+    """TRL's arguments for a stage; `extra_args` can replace nothing of ours.
+
+    Args:
+        config: The stage.
+        schedule: Its steps.
+        checkpoints: Folder for checkpoints.
+        dtype: Precision to compute in.
+        resumed: Whether the run goes on from a checkpoint.
+        method: Fields of the method's own, by TRL's names; they come last.
 
     Raises:
         RecipeError: a name or a value under `extra_args` is refused.
     """
     import torch
-    from trl import SFTConfig as TrlSftConfig
 
-    problems = check_extra_args(config.extra_args)
+    if config.trl_config is None:
+        raise TypeError(f"{config.stage} is no trainer of TRL's")
+    problems = check_extra_args(config.extra_args, trl_config=config.trl_config)
     if problems:
         raise RecipeError(problems)
     cuda = torch.cuda.is_available()
@@ -192,10 +258,6 @@ def training_arguments(
         **_evaluating_and_saving(config, schedule, resumed),
         **_quiet(),
         "output_dir": str(checkpoints),
-        # Rows come in their final length.
-        "max_length": None,
-        "padding_free": config.padding_free,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         "use_cpu": not cuda,
@@ -215,9 +277,12 @@ def training_arguments(
     if not cuda:
         defaults["dataloader_pin_memory"] = False
     try:
-        return TrlSftConfig(**{**defaults, **config.extra_args, **ours})
+        return config_class(config.trl_config)(
+            **{**defaults, **config.extra_args, **ours, **method}
+        )
     except (TypeError, ValueError) as error:
-        raise RecipeError([Problem("extra_args", f"trl.SFTConfig refuses: {error}")]) from error
+        message = f"trl.{config.trl_config} refuses: {error}"
+        raise RecipeError([Problem("extra_args", message)]) from error
 
 
 def _learning(config: TrainingConfig, schedule: Schedule) -> dict[str, object]:

@@ -27,6 +27,7 @@ from posttrain.errors import ModelError
 from posttrain.events import EventWriter
 from posttrain.recipe.training import Validation
 from posttrain.train.checkpoints import mark_complete
+from posttrain.train.history import method_values
 from posttrain.train.processes import any_process, wait_for_all
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -180,7 +181,8 @@ class ReportProgress(TrainerCallback):  # type: ignore[misc]  # transformers is 
             return
         if "eval_loss" in logs:
             losses = {key: logs[key] for key in logs if key.startswith("eval_loss")}
-            self._events.values(state.global_step, losses)
+            others = {f"eval_{key}": value for key, value in method_values(logs, "eval_").items()}
+            self._events.values(state.global_step, {**losses, **others})
         elif "loss" in logs and (
             state.global_step % self._every == 0 or state.global_step == state.max_steps
         ):
@@ -191,6 +193,7 @@ class ReportProgress(TrainerCallback):  # type: ignore[misc]  # transformers is 
         per_step = (time.monotonic() - self._started) / max(done_here, 1)
         shown = ("loss", "learning_rate", "grad_norm")
         values: dict[str, float] = {key: logs[key] for key in shown if key in logs}
+        values |= method_values(logs)
         utilization = self._utilization(self.tokens_per_second)
         if utilization is not None:
             values["mfu"] = round(utilization, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ class Step:
     tokens: int
     """Tokens read, padding not counted."""
     trained_tokens: int
+    values: Mapping[str, float] = field(default_factory=dict)
+    """What else the method says of the step, by its own names."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,26 @@ class HeldOut:
     """Nats a trained token, over all held-out rows used."""
     tasks: Mapping[str, float] = field(default_factory=dict)
     """The same for each dataset of a mix, by its name."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """What else the method says of the held-out rows, by its own names."""
+
+
+_OF_A_STEP = {"loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "step"}
+_OF_THE_MACHINE = {"epoch", "num_tokens", "runtime", "samples_per_second", "steps_per_second"}
+"""Numbers that a resumed run or a faster machine would change, or that say nothing."""
+
+
+def method_values(entry: Mapping[str, object], prefix: str = "") -> dict[str, float]:
+    """The method's own numbers in an entry of a trainer's log, without the prefix `eval_`."""
+    values = {}
+    for key, value in entry.items():
+        name = key.removeprefix(prefix)
+        usual = name in _OF_A_STEP | _OF_THE_MACHINE or name.startswith("loss/")
+        if usual or not key.startswith(prefix) or not isinstance(value, int | float):
+            continue
+        if math.isfinite(value):
+            values[name] = float(value)
+    return values
 
 
 def task_losses(entry: Mapping[str, float]) -> dict[str, float]:
@@ -58,12 +81,18 @@ class History:
                 grad_norm=entry["grad_norm"],
                 tokens=int(entry["tokens"]),
                 trained_tokens=int(entry["trained_tokens"]),
+                values=method_values(entry),
             )
             for entry in log
             if "loss" in entry
         ]
         held_out = [
-            HeldOut(int(entry["step"]), entry["eval_loss"], task_losses(entry))
+            HeldOut(
+                step=int(entry["step"]),
+                loss=entry["eval_loss"],
+                tasks=task_losses(entry),
+                values=method_values(entry, "eval_"),
+            )
             for entry in log
             if "eval_loss" in entry
         ]

@@ -197,6 +197,12 @@ def _make_trainer(
         context.checkpoints,
         resolve_dtype(config.dtype),
         resumed=newest_complete(context.checkpoints) is not None,
+        # Rows come tokenized and in their final length.
+        method={
+            "max_length": None,
+            "padding_free": config.padding_free,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+        },
     )
     say(context, "loading the model")
     model = _load_model(context, schedule.steps)

@@ -138,7 +138,7 @@ def _by_prefixes(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The rendered chat, and what each assistant turn adds to the rendering of what precedes it."""
     del template  # the tokenizer knows it
-    text = _render(tokenizer, messages)
+    text = render_chat(tokenizer, messages)
     turns = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
     return text, [_turn_span(tokenizer, messages, turn, text) for turn in turns]
 
@@ -147,8 +147,8 @@ def _turn_span(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn: int, text: str
 ) -> tuple[int, int]:
     """Characters of `text` that the model would write for `messages[turn]`."""
-    prompt = _render(tokenizer, messages[:turn], add_generation_prompt=True)
-    answered = _render(tokenizer, messages[: turn + 1])
+    prompt = render_chat(tokenizer, messages[:turn], add_generation_prompt=True)
+    answered = render_chat(tokenizer, messages[: turn + 1])
     if not answered.startswith(prompt) or not text.startswith(answered):
         raise ModelError(
             f"{tokenizer.name_or_path}: the chat template writes turn {turn + 1} of "
@@ -177,11 +177,17 @@ def _end_of_turn(
     return following[0].last if following else end
 
 
-def _render(
+def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     add_generation_prompt: bool = False,
 ) -> str:
+    """A chat as the template writes it; with a prompt, up to where the next answer begins.
+
+    Raises:
+        ModelError: there is no template, or it cannot write these turns.
+    """
+    _template(tokenizer)
     with _template_errors(tokenizer, messages):
         return str(
             tokenizer.apply_chat_template(

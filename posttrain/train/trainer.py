@@ -5,26 +5,21 @@ Importing this module imports TRL and torch: do it inside functions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from posttrain.train.adapter_training import ExactAdapterCheckpoints
-from posttrain.train.adapters import keep_dtypes
-from posttrain.train.head import prefer_plain_head
 from posttrain.train.held_out import HeldOut
-from posttrain.train.sharding import remember_division
+from posttrain.train.stage_trainer import StageTrainer
 from posttrain.train.tokenize import IGNORED
 
 
-class TokenWeightedTrainer(ExactAdapterCheckpoints, SFTTrainer):  # type: ignore[misc]  # trl is untyped
+class TokenWeightedTrainer(StageTrainer, SFTTrainer):  # type: ignore[misc]  # trl is untyped
     """Next-token prediction on rows that are already tokenized.
 
     Transformers averages the held-out loss over batches, so that it changes with their size and
@@ -33,13 +28,8 @@ class TokenWeightedTrainer(ExactAdapterCheckpoints, SFTTrainer):  # type: ignore
     """
 
     def __init__(self, *, held_out: HeldOut, **arguments: Any) -> None:
-        prefer_plain_head()
-        with keep_dtypes(arguments["model"]):
-            super().__init__(eval_dataset=held_out.table.dataset, **arguments)
-        self.remove_callback(PrinterCallback)  # progress goes to events.jsonl
+        super().__init__(eval_dataset=held_out.table.dataset, **arguments)
         self._held_out = held_out
-        self._step_tokens = 0
-        self._step_trained_tokens = 0
 
     def evaluation_loop(
         self,
@@ -61,56 +51,16 @@ class TokenWeightedTrainer(ExactAdapterCheckpoints, SFTTrainer):  # type: ignore
                 out = model(**inputs, use_cache=False, fused_lm_head=True)
             first = (number * self.accelerator.num_processes + own) * width
             likelihoods[first : first + width] = -_by_sequence(out.log_probs, inputs).cpu()
-        summed = np.array(self._sum_over_processes(likelihoods))
+        summed = np.array(self.sum_over_processes(likelihoods))
         if self.is_world_process_zero():
             self._held_out.keep(summed, Path(self.args.output_dir), self.state.global_step)
         losses = self._held_out.losses(summed, metric_key_prefix)
         none = np.empty(0)
         return EvalLoopOutput(none, none, losses, num_samples=self.num_examples(dataloader))
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """Fetch the micro-batches of an optimizer step and count their tokens."""
-        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [
-            sum(_tokens(batch) for batch in samples),
-            sum(_predicted(batch["labels"]) for batch in samples),
-        ]
-        total, trained = self._sum_over_processes(torch.tensor(counts, dtype=torch.float64))
-        self._step_tokens, self._step_trained_tokens = int(total), int(trained)
-        return samples, num_items
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the step's token counts to what is logged, and so to the history."""
-        if "loss" in logs:
-            logs["tokens"] = self._step_tokens
-            logs["trained_tokens"] = self._step_trained_tokens
-        super().log(logs, start_time)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
-        """Save a checkpoint, whose folder is there before transformers looks for the best one.
-
-        Under FSDP it would be made too late: the best checkpoint would be the one before, and not
-        the same one on every process.
-        """
-        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        folder.mkdir(parents=True, exist_ok=True)
-        remember_division(self, folder)
-        super()._save_checkpoint(model, trial)
-
-    def create_model_card(self, *_args: object, **_kwargs: object) -> None:
-        """None: a card is written from the manifest, not by the trainer."""
-
-    def restore_best(self) -> None:
-        """Load the weights of the best checkpoint that the trainer's state names."""
-        if self.state.best_model_checkpoint is not None:
-            self._load_best_model()
-
-    def _sum_over_processes(self, values: torch.Tensor) -> list[float]:
-        summed = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
-        numbers: list[float] = summed.tolist()
-        return numbers
+    def count_tokens(self, batch: dict[str, Any]) -> tuple[int, int]:
+        """Tokens that are no padding, and those that some position is trained to predict."""
+        return _tokens(batch), _predicted(batch["labels"])
 
 
 def _by_sequence(log_probs: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:

@@ -1,0 +1,17 @@
+"""`ppo`: proximal policy optimization with a critic."""
+
+from __future__ import annotations
+
+from prefect import State, task
+from prefect.cache_policies import NO_CACHE
+
+from posttrain.execute import Outcome
+from posttrain.pipeline import Step
+from posttrain.run import PipelineRun
+from tasks.stage import run_stage
+
+
+@task(name="ppo", task_run_name="{step.name}", cache_policy=NO_CACHE, persist_result=False)
+def ppo(step: Step, inputs: list[Outcome], run: PipelineRun) -> State[Outcome]:
+    """Learn from the rewards of the answers that the model writes, with a critic."""
+    return run_stage(step, inputs, run)

@@ -1,0 +1,17 @@
+"""`reference`: log-probabilities of a dataset's answers."""
+
+from __future__ import annotations
+
+from prefect import State, task
+from prefect.cache_policies import NO_CACHE
+
+from posttrain.execute import Outcome
+from posttrain.pipeline import Step
+from posttrain.run import PipelineRun
+from tasks.stage import run_stage
+
+
+@task(name="reference", task_run_name="{step.name}", cache_policy=NO_CACHE, persist_result=False)
+def reference(step: Step, inputs: list[Outcome], run: PipelineRun) -> State[Outcome]:
+    """Score a dataset's answers once, by the model as it was."""
+    return run_stage(step, inputs, run)

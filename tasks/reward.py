@@ -1,0 +1,17 @@
+"""`reward`: a model that scores answers."""
+
+from __future__ import annotations
+
+from prefect import State, task
+from prefect.cache_policies import NO_CACHE
+
+from posttrain.execute import Outcome
+from posttrain.pipeline import Step
+from posttrain.run import PipelineRun
+from tasks.stage import run_stage
+
+
+@task(name="reward", task_run_name="{step.name}", cache_policy=NO_CACHE, persist_result=False)
+def reward(step: Step, inputs: list[Outcome], run: PipelineRun) -> State[Outcome]:
+    """Learn to score answers from pairs, for PPO, GRPO and RLOO."""
+    return run_stage(step, inputs, run)
