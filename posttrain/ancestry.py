@@ -38,6 +38,20 @@ class Ancestry:
         config = self._config(model)
         return config.quantization if isinstance(config, TrainingConfig) else None
 
+    def trained_by(self, model: Input) -> list[Step]:
+        """The training stages behind a model, the last one first."""
+        steps, waiting = [], [model]
+        while waiting:
+            source = waiting.pop(0)
+            if not isinstance(source, Output) or source.kind not in ("model", "adapter"):
+                continue
+            step = self._steps[source.step]
+            if isinstance(step.config, TrainingConfig) and step not in steps:
+                steps.append(step)
+            names = [name for name in step.inputs if name == "model" or name.startswith(SOURCE)]
+            waiting += [step.inputs[name] for name in names]
+        return steps
+
     def learned_from(self, model: Input) -> dict[str, Output]:
         """The prepared datasets that a model was last trained on, by name.
 

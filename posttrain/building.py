@@ -39,6 +39,7 @@ from posttrain.recipe.mix import MIXED, MixShare, MixSource
 from posttrain.recipe.online import REWARD
 from posttrain.recipe.prepare import AGAINST, Decontaminate
 from posttrain.recipe.pretrain import Replay
+from posttrain.store import Artifact
 from posttrain.store.digests import DigestCache
 
 BASE = "base"
@@ -47,7 +48,7 @@ BASE = "base"
 
 def build_pipeline(
     recipe: Recipe,
-    model: ModelReference,
+    model: ModelReference | Artifact,
     rows: Mapping[str, Rows],
     digests: DigestCache,
     file: str | None = None,
@@ -94,6 +95,16 @@ def contamination_step(config: ContaminationConfig, digests: DigestCache) -> Ste
     return Step("contamination", config, {"benchmarks": benchmarks}, config.produces)
 
 
+@dataclass(frozen=True)
+class _Evaluation:
+    """Two evaluations with the same settings."""
+
+    base: Output
+    candidate: Output
+    model: Input
+    """What the candidate's numbers are of."""
+
+
 @dataclass
 class _Builder:
     recipe: Recipe
@@ -110,8 +121,8 @@ class _Builder:
     """Steps that leave a reward model, by name."""
     trained_on: dict[str, str] = field(default_factory=dict)
     """Dataset name by model-making step."""
-    evaluated: tuple[Output, Output] | None = None
-    """Base and candidate of the last evaluation."""
+    evaluations: dict[str, _Evaluation] = field(default_factory=dict)
+    """By the name of the candidate's step."""
 
     def __post_init__(self) -> None:
         if isinstance(self.base, ModelReference) and self.base.kind == "gguf":
@@ -370,22 +381,52 @@ class _Builder:
             inputs["dataset"] = dataset
         if candidate == self.base:
             base = self._add("evaluate", config, {"model": self.base, **inputs})
-            self.evaluated = (base, base)
+            self.evaluations[base.step] = _Evaluation(base, base, candidate)
             return
-        base = self._add("evaluate", config, {"model": self.base, **inputs}, suffix="base")
-        self.evaluated = (base, self._add("evaluate", config, {"model": candidate, **inputs}))
+        of_base = config.model_copy(update={"model": None})
+        base = self._evaluate_base(of_base, {"model": self.base, **inputs})
+        output = self._add("evaluate", config, {"model": candidate, **inputs})
+        self.evaluations[output.step] = _Evaluation(base, output, candidate)
+
+    def _evaluate_base(self, config: EvaluateConfig, inputs: dict[str, Input]) -> Output:
+        """The base's numbers, measured once for all candidates that are measured alike."""
+        for other in self.steps:
+            same = other.config.model_copy(update={"name": config.name}) == config
+            if same and other.inputs == inputs:
+                return other.output
+        return self._add("evaluate", config, inputs, suffix="base")
 
     def _add_gate(self, where: str, config: GateConfig) -> None:
-        if self.evaluated is None:
+        if not self.evaluations:
             fix = "put `- evaluate: {tasks: [...]}` before it"
             self._problem(where, "has no numbers to decide on", fix)
             return
-        base, candidate = self.evaluated
-        if base == candidate:
+        unknown = [name for name in config.candidates if name not in self.evaluations]
+        for name in unknown:
+            fix = f"evaluations before it: {', '.join(self.evaluations)}"
+            self._problem(f"{where}.candidates", f"no evaluation before it is `{name}`", fix)
+        if unknown:
+            return
+        judged = [self.evaluations[name] for name in config.candidates or [*self.evaluations][-1:]]
+        if any(one.base == one.candidate for one in judged):
             fix = "put the gate after a stage that trains"
             self._problem(where, "would compare the base model with itself", fix)
-            return
-        self._add("gate", config, {"base": base, "candidate": candidate})
+        elif len({one.base for one in judged}) > 1:
+            fix = "give their `evaluate` stages the same settings"
+            self._problem(f"{where}.candidates", "are not measured alike", fix)
+        else:
+            self._add("gate", config, self._gate_inputs(config, judged))
+
+    def _gate_inputs(self, config: GateConfig, judged: list[_Evaluation]) -> dict[str, Input]:
+        """The evaluations, and what watched over the candidates while they were trained."""
+        inputs: dict[str, Input] = {"base": judged[0].base}
+        for one in judged:
+            name = f"candidate:{one.candidate.step}" if config.candidates else "candidate"
+            inputs[name] = one.candidate
+            for step in Ancestry(self.steps).trained_by(one.model):
+                if isinstance(step.config, OnlineConfig):
+                    inputs[f"watch:{step.name}"] = step.output
+        return inputs
 
     # What they share
 
@@ -453,7 +494,17 @@ class _Builder:
 
     def _leave_model(self, output: Output, dataset: str) -> None:
         self.current = self.models[output.step] = output
-        self.trained_on[output.step] = self.last_dataset = dataset
+        self.trained_on[output.step] = dataset
+        if not self._is_compared(dataset):
+            self.last_dataset = dataset
+
+    def _is_compared(self, dataset: str) -> bool:
+        """Whether a dataset's rows are pairs or marked answers: no one text to be predicted."""
+        return any(
+            stage.dataset == dataset and stage.family in ("preferences", "kto")
+            for stage in self.recipe.stages
+            if isinstance(stage, TrainingConfig)
+        )
 
     def _problem(self, where: str, message: str, fix: str) -> None:
         self.problems.append(Problem(where, message, fix))

@@ -105,6 +105,29 @@ def find_model(reference: str, store: Store, observer: StageObserver | None = No
     return Base(reference, _undamaged(store, artifact).path, artifact.digest)
 
 
+def find_start(reference: str, store: Store) -> Artifact:
+    """The model in the store that a recipe starts from.
+
+    Args:
+        reference: A path, a fingerprint's first digits, STAGE or RECIPE/STAGE.
+        store: Where it is.
+
+    Raises:
+        UsageError: nothing is called so, or it is no complete model.
+    """
+    graph = Graph.read(store)
+    artifact = graph.find(reference)
+    if artifact.kind == "model":
+        return _undamaged(store, artifact)
+    message = f"{reference}: {label(artifact)} is a {artifact.kind}, and a start is a model"
+    if artifact.kind == "adapter":
+        merged = [user for name, user in graph.users(artifact) if user.kind == "model"]
+        made = [f"artifact:{user.fingerprint[:SHORT]} ({label(user)})" for user in merged]
+        fix = f"write what it was merged into: {', '.join(made)}" if made else "merge it first"
+        message = f"{reference}: {label(artifact)} is an adapter; {fix}"
+    raise UsageError(message)
+
+
 def find_adapters(names: Sequence[str], base: Base, store: Store) -> list[Adapter | None]:
     """The adapters that a person means, each once; None for `base`.
 

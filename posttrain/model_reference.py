@@ -1,4 +1,7 @@
-"""What `model:` in a recipe may be: a Hub id, a folder, a GGUF file, or one inside a package."""
+"""What `model:` in a recipe may be: a Hub id, a folder, a GGUF file, or one inside a package.
+
+A model in the store, `artifact:NAME`, is found by `posttrain.finding`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ from typing import Literal
 from posttrain.errors import ModelError
 from posttrain.store.digests import DigestCache
 from posttrain.store.fingerprint import combine, files_digest
+
+ARTIFACT = "artifact:"
+"""Begins the name of a model in the store."""
 
 _HUB_ID = re.compile(r"^(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?$")
 _WEIGHTS = ("*.safetensors",)

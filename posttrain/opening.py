@@ -6,9 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from posttrain.building import build_pipeline
-from posttrain.errors import DataError, ModelError, Problem, RecipeError
+from posttrain.errors import (
+    DataError,
+    ModelError,
+    Problem,
+    RecipeError,
+    StoreError,
+    UsageError,
+)
 from posttrain.evaluate.python_docs_task import TASKS
-from posttrain.model_reference import ModelReference, resolve_model
+from posttrain.finding import find_start
+from posttrain.model_reference import ARTIFACT, ModelReference, resolve_model
 from posttrain.models import has_chat_template
 from posttrain.pipeline import Pipeline, Rows
 from posttrain.recipe import (
@@ -22,7 +30,7 @@ from posttrain.recipe import (
     TrainingConfig,
 )
 from posttrain.recipe.load import load_recipe
-from posttrain.store import Store
+from posttrain.store import Artifact, Store
 from posttrain.train.sharding import config_problems
 
 
@@ -47,10 +55,12 @@ def open_pipeline(file: Path, overrides: Sequence[str], store: Store) -> Pipelin
     return pipeline
 
 
-def _open_model(recipe: Recipe, store: Store, problems: list[Problem]) -> ModelReference:
+def _open_model(recipe: Recipe, store: Store, problems: list[Problem]) -> ModelReference | Artifact:
     try:
+        if recipe.model.startswith(ARTIFACT):
+            return find_start(recipe.model.removeprefix(ARTIFACT), store)
         model = resolve_model(recipe.model, store.digests)
-    except ModelError as error:
+    except (ModelError, UsageError, StoreError) as error:
         problems.append(Problem("model", str(error)))
         return ModelReference("folder", recipe.model, "")
     chats = any(isinstance(stage, SftConfig) for stage in recipe.stages)

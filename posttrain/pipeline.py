@@ -63,7 +63,7 @@ class Code:
 Source = Artifact | ModelReference | Rows | Benchmarks | Code
 """What an input turns out to be."""
 
-Input = ModelReference | Rows | Benchmarks | Code | Output
+Input = Artifact | ModelReference | Rows | Benchmarks | Code | Output
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,8 @@ def _rows_source(rows: Rows) -> str:
     return source if isinstance(source, str) else ", ".join(source)
 
 
-def _model(value: Input) -> ModelReference:
-    if not isinstance(value, ModelReference):
+def _model(value: Input) -> Artifact | ModelReference:
+    if not isinstance(value, Artifact | ModelReference):
         raise TypeError(f"not a model: {value}")
     return value
 

@@ -225,7 +225,7 @@ class MlflowTracker(StageObserver):
         client.set_tag(run_id, "mlflow.note.content", artifact.manifest.headline)
         for name in ("manifest.json", *_small_reports(artifact)):
             client.log_artifact(run_id, str(artifact.path / name))
-        if artifact.kind in ("model", "adapter"):
+        if artifact.kind in ("model", "adapter", "reward"):
             self._log_model(step, artifact, run_id)
         client.set_terminated(run_id, "FINISHED")
         self._show_on_parent(step, artifact)

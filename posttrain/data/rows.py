@@ -4,7 +4,7 @@ Four families, one frozen dataclass each:
 
     documents     Document     text
     chats         Chat         messages
-    preferences   Preference   prompt, chosen, rejected
+    preferences   Preference   prompt, chosen, rejected, maybe margin
     kto           KtoExample   prompt, completion, label
 
 A row knows where it came from (`file` and `row`), so that an error, a ledger line or a model's
@@ -78,6 +78,9 @@ class Preference(_Row):
     prompt: Messages
     chosen: Messages
     rejected: Messages
+    margin: float | None = None
+    """How much better the first is, where the source says so: a reward model's scores shall be at
+    least so far apart. No part of what the row says: two pairs that differ in it alone are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,18 @@ def all_messages(row: Row) -> Messages:
             return row.prompt + row.chosen + row.rejected
         case KtoExample():
             return row.prompt + row.completion
+
+
+def wanted_text(row: Row) -> Document | Chat:
+    """The row as something to be read: of a pair the chosen answer, of a marked one its answer."""
+    match row:
+        case Preference():
+            messages = row.prompt + row.chosen
+        case KtoExample():
+            messages = row.prompt + row.completion
+        case _:
+            return row
+    return Chat(id=row.id, file=row.file, row=row.row, messages=messages)
 
 
 def content_json(row: Row) -> str:
@@ -155,6 +170,8 @@ def to_record(row: Row) -> dict[str, object]:
     for name in _CONTENT[type(row)]:
         value = getattr(row, name)
         record[name] = value if isinstance(value, str | bool) else plain_messages(value)
+    if isinstance(row, Preference):
+        record["margin"] = row.margin
     return record
 
 
@@ -174,7 +191,12 @@ def arrow_schema(family: RowFamily) -> pa.Schema:
     content = {
         "documents": [("text", pa.string())],
         "chats": [("messages", messages)],
-        "preferences": [("prompt", messages), ("chosen", messages), ("rejected", messages)],
+        "preferences": [
+            ("prompt", messages),
+            ("chosen", messages),
+            ("rejected", messages),
+            ("margin", pa.float64()),
+        ],
         "kto": [("prompt", messages), ("completion", messages), ("label", pa.bool_())],
     }
     origin = [

@@ -92,6 +92,8 @@ def _architecture(plan: Plan, step: Step, cache: Path) -> Architecture:
         if not models:
             raise ModelError(f"{step.name}: the model that it starts from is not known yet")
         source = models[0]
+    if isinstance(source, Artifact):
+        return read_architecture(source.path)
     if not isinstance(source, ModelReference):
         raise ModelError(f"{step.name}: the model that it starts from is not known yet")
     return _cached(source, cache) if source.kind == "gguf" else read_architecture(source)
@@ -99,7 +101,7 @@ def _architecture(plan: Plan, step: Step, cache: Path) -> Architecture:
 
 def _holds_weights(value: object) -> bool:
     weights = isinstance(value, Output) and value.kind in ("model", "adapter")
-    return weights or isinstance(value, ModelReference)
+    return weights or isinstance(value, Artifact | ModelReference)
 
 
 def _cached(model: ModelReference, cache: Path) -> Architecture:
@@ -131,6 +133,8 @@ def _tokenizer(artifacts: dict[str, Artifact], step: Step) -> Path | None:
     source = step.inputs["model"]
     if isinstance(source, Output):
         return artifacts[source.step].path if source.step in artifacts else None
+    if isinstance(source, Artifact):
+        return source.path
     if isinstance(source, ModelReference) and source.kind == "folder":
         return Path(source.location)
     return None

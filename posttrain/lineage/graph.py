@@ -21,7 +21,7 @@ from posttrain.store.fingerprint import combine
 from posttrain.store.manifest import MANIFEST
 from posttrain.store.store import KINDS
 
-WEIGHTS = ("model", "adapter")
+WEIGHTS = ("model", "adapter", "reward")
 """Kinds of artifacts that training leaves."""
 
 SHORT = 12
@@ -41,6 +41,12 @@ def gets_in(stage: str, name: str) -> bool:
 def label(artifact: Artifact) -> str:
     """How an artifact is named to people: `recipe/stage`."""
     return f"{artifact.manifest.recipe}/{artifact.manifest.name}"
+
+
+def _needs_base(artifact: Artifact) -> bool:
+    """Whether it is an adapter, of a model or of one that scores answers."""
+    scores = artifact.kind == "reward" and bool(artifact.manifest.config.get("adapter"))
+    return artifact.kind == "adapter" or scores
 
 
 @dataclass(frozen=True)
@@ -229,7 +235,7 @@ class Graph:
         for artifact in self.artifacts.values():
             digest = artifact.digest
             base = artifact.manifest.inputs.get("model")
-            if artifact.kind == "adapter" and base is not None:
+            if _needs_base(artifact) and base is not None:
                 digest = combine(digest, base.digest)  # as `Pipeline.bind` names adapters
             found.setdefault((artifact.kind, digest), []).append(artifact)
         return found

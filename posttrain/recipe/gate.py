@@ -15,12 +15,17 @@ class GateConfig(StageConfig):
     produces: ClassVar[ArtifactKind] = "verdict"
 
     stage: Literal["gate"] = "gate"
+    candidates: tuple[str, ...] = ()
+    """Names of `evaluate` stages whose models are compared with the base and with each other.
+    Default: the last one before the gate."""
     max_drop: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Largest drop in accuracy that is acceptable, as a share (0.02 = two points)."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """One-sided confidence at which a drop beyond `max_drop` must be ruled out to pass."""
     perplexity: Literal["must_improve", "must_not_rise", "ignore"] = "must_not_rise"
     """What held-out perplexity has to do, paired by document."""
+    reward_hacking: Literal["fail", "ignore"] = "fail"
+    """What a flag of the watch over a candidate's training does to the verdict."""
     bootstrap_samples: Annotated[int, Field(ge=1000)] = 10_000
     """Resamples behind each confidence interval."""
     seed: int = 0

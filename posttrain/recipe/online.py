@@ -13,6 +13,9 @@ from posttrain.recipe.training import Optimization, TrainingConfig
 REWARD = "reward:"
 """Begins the names of the inputs that score answers; then comes the term's name."""
 
+GIVEN = ("prompts", "answers", "references")
+"""What a reward function is given if it has parameters of these names."""
+
 
 class Rollout(Strict):
     """How the model writes answers."""
@@ -49,6 +52,9 @@ class RewardTerm(Strict):
             raise ValueError("`arguments` are a function's: a model has none")
         if self.function is not None and ".py:" not in self.function:
             raise ValueError(f"`{self.function}` names no function: write FILE.py:NAME")
+        for name in GIVEN:
+            if name in self.arguments:
+                raise ValueError(f"`{name}` is given to every function: remove it from `arguments`")
         return self
 
     @property

@@ -200,7 +200,7 @@ class PrepareConfig(StageConfig):
 
     produces: ClassVar[ArtifactKind] = "dataset"
     accounts: ClassVar[frozenset[str]] = frozenset({"ledger.parquet", "report.html", "report.json"})
-    code_version: ClassVar[int] = 2
+    code_version: ClassVar[int] = 3
 
     stage: Literal["prepare"] = "prepare"
     dataset: str

@@ -106,8 +106,9 @@ class Recipe(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the pipeline, in Prefect, MLflow and the store."""
     model: str
-    """Base model: Hub id (`OWNER/NAME` or `OWNER/NAME@REVISION`), folder, `gguf:FILE` or
-    `package:NAME` for a GGUF file inside an installed Python package."""
+    """Base model: Hub id (`OWNER/NAME` or `OWNER/NAME@REVISION`), folder, `gguf:FILE`,
+    `package:NAME` for a GGUF file inside an installed Python package, or `artifact:NAME` for a
+    model that another recipe left in the store."""
     datasets: dict[str, DatasetSpec] = {}
     """Named datasets, for the stages to refer to."""
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]

@@ -307,6 +307,7 @@ def _weights(model: StageInput) -> Path:
 def _held_out(context: Context, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[EncodedRow]]:
     """Held-out rows, answers included, by dataset; that of a single adapter has no name."""
     from posttrain.data.prepared import PreparedDataset
+    from posttrain.data.rows import wanted_text
     from posttrain.evaluate.perplexity import EncodedRow
     from posttrain.train.rows import encode_rows
     from posttrain.train.tokenize import Encoded
@@ -318,7 +319,8 @@ def _held_out(context: Context, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     for key, dataset in context.job.inputs.items():
         if key != PROMPTS.removesuffix(":") and not key.startswith(PROMPTS):
             continue
-        rows = PreparedDataset.open(Path(dataset.path)).validation(limit)
+        held_out = PreparedDataset.open(Path(dataset.path)).validation(limit)
+        rows = [wanted_text(row) for row in held_out]
         sequences = encode_rows(tokenizer, rows, _MAX_LENGTH).every
         kept = [
             EncodedRow(row.id, Encoded(one.input_ids[:_MAX_LENGTH], one.labels[:_MAX_LENGTH]))

@@ -110,8 +110,9 @@ MISTAKES_REPORT = """\
   name (line 1): is 'my assistant': string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$'
     `name`: Name of the pipeline, in Prefect, MLflow and the store.
   model: is missing
-    `model`: Base model: Hub id (`OWNER/NAME` or `OWNER/NAME@REVISION`), folder, `gguf:FILE` or \
-`package:NAME` for a GGUF file inside an installed Python package.
+    `model`: Base model: Hub id (`OWNER/NAME` or `OWNER/NAME@REVISION`), folder, \
+`gguf:FILE`, `package:NAME` for a GGUF file inside an installed Python package, or `artifact:NAME` \
+for a model that another recipe left in the store.
   datasets.chats.source (line 3): is missing
     `source`: File, folder, glob, `hub:OWNER/NAME`, or `builtin:python-docs/chats`. Several are \
 joined.
