@@ -120,6 +120,8 @@ class MemoryEstimate:
     host: float
     """In the machine's memory beside the device: offloaded states, of one process."""
     moment: Moment
+    beside: float = 0.0
+    """Models beside the one that is trained: reference, reward models, critic with its states."""
 
     @property
     def total(self) -> float:

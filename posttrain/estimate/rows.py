@@ -12,6 +12,7 @@ import numpy as np
 
 from posttrain.data.prepared import PreparedDataset, read_batches
 from posttrain.estimate.activations import Pass
+from posttrain.recipe.base import RowFamily
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,6 +25,13 @@ BYTES_A_ROW = 1_000
 """Bytes of a row, where only the size of the source is known and rows are no lines."""
 _SAMPLE = 200
 """Rows that a tokenizer is asked about."""
+_SEQUENCES: dict[RowFamily, tuple[tuple[str, ...], ...]] = {
+    "documents": (("text",),),
+    "chats": (("messages",),),
+    "preferences": (("prompt", "chosen"), ("prompt", "rejected")),
+    "kto": (("prompt", "completion"),),
+}
+"""The sequences of a row, each by the columns that it is made of."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +103,18 @@ def lengths_of_dataset(folder: Path, model: Path | None) -> RowLengths:
         DataError: it is no prepared dataset.
     """
     dataset = PreparedDataset.open(folder)
-    columns = ["text"] if dataset.family == "documents" else ["messages"]
+    sequences = _SEQUENCES[dataset.family]
+    columns = list(dict.fromkeys(name for sequence in sequences for name in sequence))
     sizes: list[np.ndarray] = []
     turns: list[np.ndarray] = []
     sample: list[str] = []
     for batch in read_batches(folder / "train.parquet", columns):
-        of_batch, count, texts = _bytes_and_turns(batch.column(0))
-        sizes.append(of_batch)
-        turns.append(count)
-        sample += texts[: max(0, _SAMPLE - len(sample))]
+        parts = {name: _bytes_and_turns(batch.column(name)) for name in columns}
+        for names in sequences:
+            sizes.append(np.sum([parts[name][0] for name in names], axis=0))
+            turns.append(np.sum([parts[name][1] for name in names], axis=0))
+        for _, _, texts in parts.values():
+            sample += texts[: max(0, _SAMPLE - len(sample))]
     if not sizes:
         return RowLengths(np.zeros(0, np.int64), "an empty dataset")
     ratio, basis = _bytes_a_token(sample, model)

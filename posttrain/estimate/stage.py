@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+
 from posttrain.estimate.architecture import Architecture
+from posttrain.estimate.beside import asks_reference, bytes_beside
 from posttrain.estimate.device import Device
 from posttrain.estimate.memory import MemoryEstimate, Training, estimate_memory
 from posttrain.estimate.rows import Layout, RowLengths, lay_out
@@ -16,8 +20,14 @@ from posttrain.estimate.speed import hardware_flops_per_token, peak_flops, utili
 from posttrain.estimate.trainable import trainable_parameters
 from posttrain.hardware import resolve_dtype
 from posttrain.recipe.adapters import LoraConfig, PrefixTuningConfig, Quantization
+from posttrain.recipe.grpo import GroupConfig
+from posttrain.recipe.online import OnlineConfig
 from posttrain.recipe.training import Sharding, TrainingConfig
 from posttrain.train.arguments import plan_schedule
+
+
+REFERENCE_TIME = 4 / 3
+"""A forward pass of the reference beside a forward and a backward pass, which is twice as long."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +78,18 @@ def estimate_stage(
     """
     layout = lay_out_stage(config, lengths)
     training = training_of(config, layout, device)
-    memory = estimate_memory(sizes, training)
+    memory = _memory(sizes, config, training)
     processes = config.launch.num_processes
     fits = memory.fits(device, processes)
     trainable = trainable_parameters(sizes, config.adapter)
     schedule = plan_schedule(config, layout.entries, config.launch.world_size)
     known = lengths.counted or config.max_steps is not None
+    # How fast answers are written is another matter, and not estimated.
+    timed = known and not isinstance(config, OnlineConfig)
     tokens = round(schedule.steps * config.batching.batch_size * layout.tokens / layout.entries)
     seconds = _seconds(sizes, training, trainable, layout.mean_length, tokens, device)
+    if seconds is not None and asks_reference(config):
+        seconds *= REFERENCE_TIME
     return StageEstimate(
         memory=memory,
         device=device,
@@ -84,7 +98,7 @@ def estimate_stage(
         parameters=sizes.parameters,
         steps=schedule.steps if known else None,
         tokens=tokens if known else None,
-        seconds=seconds if known else None,
+        seconds=seconds if timed else None,
         utilisation=utilisation(device),
         basis=lengths.basis,
         advice=() if fits else tuple(_changes(sizes, config, lengths, device)),
@@ -95,15 +109,34 @@ def lay_out_stage(
     config: TrainingConfig, lengths: RowLengths, micro_batch_size: int | None = None
 ) -> Layout:
     """The rows as this stage's trainer reads them."""
-    batching = config.batching
-    return lay_out(
+    batching, sequences = config.batching, config.sequences_a_row
+    longest = batching.max_length
+    if isinstance(config, OnlineConfig):
+        lengths, longest = _with_answers(config, lengths)
+    layout = lay_out(
         lengths,
-        batching.max_length,
+        longest,
         batching.packing,
-        micro_batch_size or config.micro_batch_size,
+        (micro_batch_size or config.micro_batch_size) * sequences,
         flat=config.padding_free,
         cut=config.family != "documents",
     )
+    return replace(layout, entries=math.ceil(layout.entries / sequences))
+
+
+def _with_answers(config: OnlineConfig, lengths: RowLengths) -> tuple[RowLengths, int]:
+    """Prompts as long as they may be, each with as many answers as are written, and the longest."""
+    rollout = config.rollout
+    prompts = np.minimum(lengths.tokens, rollout.max_prompt_tokens)
+    answers = config.answers if isinstance(config, GroupConfig) else 1
+    tokens = np.repeat(prompts + rollout.max_new_tokens, answers)
+    return replace(lengths, tokens=tokens), rollout.max_prompt_tokens + rollout.max_new_tokens
+
+
+def _memory(sizes: Architecture, config: TrainingConfig, training: Training) -> MemoryEstimate:
+    """Of the model that is trained and of those beside it."""
+    estimate = estimate_memory(sizes, training)
+    return replace(estimate, beside=bytes_beside(sizes, config, training))
 
 
 def training_of(
@@ -185,9 +218,10 @@ def _changes(
     changes what is learned from (shorter rows), then other methods, then more machinery.
     """
     best = training_of(config, lay_out_stage(config, lengths), device)
-    least = estimate_memory(sizes, best).total
+    least = _memory(sizes, config, best).total
     for write, training in _variants(config, lengths, device):
-        memory = estimate_memory(sizes, training)
+        varied = config.model_copy(update={"adapter": training.adapter})
+        memory = _memory(sizes, varied, training)
         if memory.total < 0.99 * least:
             least = memory.total
             yield Change(write, memory, memory.fits(device, config.launch.num_processes))
