@@ -115,7 +115,8 @@ def _write_training(sheet: _Sheet) -> None:
             continue
         weights = advice.pretrain_weights if stage == "pretrain" else advice.weights
         followed = any(later in STAGES for later in advice.stages[position + 1 :])
-        if weights != "full" and (followed or advice.merge):
+        # A reward model is not what the next stage starts from.
+        if stage != "reward" and weights != "full" and (followed or advice.merge):
             sheet.add("merge", {})
 
 
@@ -150,9 +151,11 @@ def _body(sheet: _Sheet, stage: str) -> Plain:
     for setting in advice.settings:
         if setting.stage == stage:
             _set(body, setting.key.split(".")[1:], setting.value)
+    if stage == "ppo":
+        body["reward"] = "reward"
     if stage == "pretrain":
         body["replay"] = {"dataset": sheet.dataset("general-text", "text")}
-    _launch(sheet, body, weights)
+    _launch(sheet, body, weights, divisible=stage != "ppo")
     return body
 
 
@@ -206,7 +209,7 @@ def _prepare(sheet: _Sheet, dataset: str) -> Plain:
     return body
 
 
-def _launch(sheet: _Sheet, body: Plain, weights: memory.Weights | None) -> None:
+def _launch(sheet: _Sheet, body: Plain, weights: memory.Weights | None, divisible: bool) -> None:
     """Processes for all GPUs, and sharding where one GPU does not hold everything."""
     situation = sheet.advice.situation
     if not situation.gpu or situation.gpus == 1 or weights is None:
@@ -215,9 +218,9 @@ def _launch(sheet: _Sheet, body: Plain, weights: memory.Weights | None) -> None:
     divided = weights != "qlora" and not memory.fits_undivided(
         weights, situation.sizes, situation.device
     )
-    if weights == "full":
+    if weights == "full" and divisible:
         body["full"] = {"zero": 3 if divided else 2}
-    elif divided:
+    elif divided and divisible:
         body["launch"]["sharding"] = {"zero": 3}
     rows = body.get("batching", {}).get("batch_size", Batching().batch_size)
     if rows % situation.gpus:

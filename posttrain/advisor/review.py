@@ -144,8 +144,7 @@ def _duration(stage: TrainingConfig, where: str, advice: Advice) -> Iterator[Rem
 
 def _learning_rate(stage: TrainingConfig, where: str) -> Iterator[Remark]:
     """Against the default of the method, which is where a rate begins."""
-    default = (stage.adapter or stage).peak_learning_rate
-    times = stage.learning_rate / default
+    times = stage.learning_rate / stage.usual_learning_rate
     if 1 / 5 < times < 5:
         return
     far = times >= 10 or times <= 1 / 10
@@ -154,7 +153,7 @@ def _learning_rate(stage: TrainingConfig, where: str) -> Iterator[Remark]:
         "warning" if far else "note",
         f"{where}.optimization.learning_rate",
         f"{stage.learning_rate:g} is {shown} the usual start of this method",
-        f"start with {default:g}: leave it out",
+        f"start with {stage.usual_learning_rate:g}: leave it out",
     )
 
 

@@ -278,8 +278,11 @@ class TrainingConfig(StageConfig):
     @property
     def learning_rate(self) -> float:
         """The stated peak learning rate, or the default of the method."""
-        if self.optimization.learning_rate is not None:
-            return self.optimization.learning_rate
+        return self.optimization.learning_rate or self.usual_learning_rate
+
+    @property
+    def usual_learning_rate(self) -> float:
+        """The method's default of the peak learning rate."""
         if self.adapter is None:
             return self.peak_learning_rate
         # An adapter's own rate is that of SFT. A method that moves all weights more gently than SFT
@@ -291,6 +294,11 @@ class TrainingConfig(StageConfig):
         """Whether rows are laid end to end: never where each row has virtual tokens before it."""
         prompt_learning = self.adapter is not None and self.adapter.prompt_learning
         return self.batching.padding_free and not prompt_learning
+
+    @property
+    def sequences_a_row(self) -> int:
+        """Sequences that go through the model for one row: two for a pair of answers."""
+        return 2 if self.family == "preferences" else 1
 
     @property
     def micro_batch_size(self) -> int:
