@@ -18,7 +18,7 @@ from posttrain import events
 from posttrain.estimate.stage import StageEstimate
 from posttrain.evaluate.results import EvaluationResults
 from posttrain.execute import Outcome, StageObserver
-from posttrain.pipeline import BoundStep, Pipeline
+from posttrain.pipeline import BoundStep, Output, Pipeline
 from posttrain.plan import Plan
 from posttrain.run import stage_rows, verdict_of
 from posttrain.store import Artifact
@@ -213,11 +213,11 @@ def show_summary(
     """Stages, numbers of base and tuned model, sample answers, and where the model lies."""
     console.print()
     console.print(_stage_table(stage_rows(pipeline, artifacts, outcomes)))
-    pair = _evaluations(pipeline, artifacts)
-    if pair:
+    evaluations = _evaluations(pipeline, artifacts)
+    if evaluations:
         console.print()
-        console.print(_number_table(*pair))
-        _show_samples(console, *pair)
+        console.print(_number_table(evaluations))
+        _show_samples(console, evaluations)
     verdict = verdict_of(pipeline, artifacts)
     if verdict != "no gate":
         style = {"pass": "bold green", "fail": "bold red"}.get(verdict, "bold yellow")
@@ -266,46 +266,56 @@ def _stage_table(rows: list[dict[str, Any]]) -> Table:
 
 def _evaluations(
     pipeline: Pipeline, artifacts: Mapping[str, Artifact]
-) -> tuple[Artifact, Artifact] | None:
-    """The last evaluation of the base and of the candidate."""
-    found = [
-        artifacts[step.name]
-        for step in pipeline.steps
-        if step.kind == "evaluation" and step.name in artifacts
-    ]
-    return (found[-2], found[-1]) if len(found) >= 2 else None
+) -> dict[str, Artifact] | None:
+    """What the last gate compares, the base first; without a gate the last two evaluations."""
+    gates = [step for step in pipeline.steps if step.stage == "gate"]
+    if gates:
+        named = {"candidate": "tuned", "base": "base"}
+        found = {
+            named.get(name, name.partition(":")[2]): value.step
+            for name, value in gates[-1].inputs.items()
+            if isinstance(value, Output) and value.kind == "evaluation"
+        }
+    else:
+        steps = [step.name for step in pipeline.steps if step.kind == "evaluation"]
+        found = dict(zip(("base", "tuned"), steps[-2:], strict=False))
+    if len(found) < 2 or not set(found.values()) <= artifacts.keys():
+        return None
+    return {name: artifacts[step] for name, step in found.items()}
 
 
-def _number_table(base: Artifact, candidate: Artifact) -> Table:
-    before, after = EvaluationResults.load(base.path), EvaluationResults.load(candidate.path)
+def _number_table(evaluations: Mapping[str, Artifact]) -> Table:
+    results = [EvaluationResults.load(artifact.path) for artifact in evaluations.values()]
+    base, *candidates = results
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("measured")
-    for column in ("items", "base", "tuned"):
+    for column in ("items", *evaluations):
         table.add_column(column, justify="right")
-    tuned = {task.task: task for task in after.tasks}
-    for task in before.tasks:
-        other = tuned.get(task.task)
-        shown = f"{other.value:.3f}" if other else ""
+    tuned = [{task.task: task for task in candidate.tasks} for candidate in candidates]
+    for task in base.tasks:
+        others = [tasks.get(task.task) for tasks in tuned]
+        shown = [f"{other.value:.3f}" if other else "" for other in others]
         name = f"{task.task} ({task.metric})"
-        table.add_row(name, str(task.n), f"{task.value:.3f}", shown)
-    if before.perplexity and after.perplexity:
-        table.add_row(
-            "perplexity",
-            f"{before.perplexity.rows}",
-            f"{before.perplexity.perplexity:.2f}",
-            f"{after.perplexity.perplexity:.2f}",
-        )
+        table.add_row(name, str(task.n), f"{task.value:.3f}", *shown)
+    perplexities = [one.perplexity for one in results]
+    if base.perplexity and all(perplexities):
+        values = [f"{one.perplexity:.2f}" for one in perplexities if one]
+        table.add_row("perplexity", f"{base.perplexity.rows}", *values)
     return table
 
 
-def _show_samples(console: Console, base: Artifact, candidate: Artifact) -> None:
+def _show_samples(console: Console, evaluations: Mapping[str, Artifact]) -> None:
     """The same prompts, answered before and after."""
-    before, after = (_samples(artifact.path) for artifact in (base, candidate))
-    for old, new in zip(before, after, strict=False):
+    base, *tuned = evaluations
+    labels = ["before", "after"] if len(tuned) == 1 else [base, *tuned]
+    width = max(len(label) for label in labels)
+    answers = [_samples(artifact.path) for artifact in evaluations.values()]
+    for versions in zip(*answers, strict=False):
         console.print()
-        console.print(Text(f"> {_one_line(old['prompt'])}", style="bold"))
-        console.print(Text(f"  before: {_one_line(old['answer'])}"))
-        console.print(Text(f"  after:  {_one_line(new['answer'])}"))
+        console.print(Text(f"> {_one_line(versions[0]['prompt'])}", style="bold"))
+        for label, version in zip(labels, versions, strict=True):
+            said = _one_line(version["answer"])
+            console.print(Text(f"  {f'{label}:':<{width + 1}} {said}"))
 
 
 def _samples(folder: Path) -> list[dict[str, str]]:
