@@ -326,14 +326,22 @@ def _dataset_name(source: Source, default: str) -> str:
 
 
 _REPORT_SUFFIXES = (".json", ".md", ".html", ".png")
+_OF_WEIGHTS = {
+    "training.json",
+    "merge.json",
+    "reward.json",
+    "reward.html",
+    "watch.json",
+    "watch.html",
+}
+"""Files beside weights that are worth opening."""
 _REPORT_LIMIT = 2_000_000
 
 
 def _small_reports(artifact: Artifact) -> list[str]:
-    """Files of an evaluation, verdict or report that are worth opening in MLflow."""
-    if artifact.kind in ("model", "adapter"):
-        wanted = {"training.json", "merge.json"}
-        return [file.path for file in artifact.manifest.files if file.path in wanted]
+    """Files of an artifact that are worth opening in MLflow."""
+    if artifact.kind in ("model", "adapter", "reward"):
+        return [file.path for file in artifact.manifest.files if file.path in _OF_WEIGHTS]
     return [
         file.path
         for file in artifact.manifest.files

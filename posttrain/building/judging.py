@@ -13,6 +13,7 @@ from posttrain.recipe import (
     GateConfig,
     OnlineConfig,
 )
+from posttrain.recipe.gate import CANDIDATE, WATCH
 
 
 class JudgingSteps(DataSteps):
@@ -78,9 +79,11 @@ class JudgingSteps(DataSteps):
         """The evaluations, and what watched over the candidates while they were trained."""
         inputs: dict[str, Input] = {"base": judged[0].base}
         for one in judged:
-            name = f"candidate:{one.candidate.step}" if config.candidates else "candidate"
+            several = bool(config.candidates)
+            name = f"{CANDIDATE}{one.candidate.step}" if several else "candidate"
+            watch = f"{WATCH}{one.candidate.step}:" if several else WATCH
             inputs[name] = one.candidate
             for step in Ancestry(self.steps).trained_by(one.model):
                 if isinstance(step.config, OnlineConfig):
-                    inputs[f"watch:{step.name}"] = step.output
+                    inputs[f"{watch}{step.name}"] = step.output
         return inputs

@@ -1,4 +1,4 @@
-"""What an evaluation and a verdict say, as files: `results.json` and `verdict.json`.
+"""What an evaluation, a watch and a verdict say: `results.json`, `watch.json`, `verdict.json`.
 
 Imports nothing heavy: the command line reads these as well.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from posttrain.errors import DataError
 from posttrain.store.files import write_json
@@ -166,6 +166,95 @@ class PerplexityCheck(_Record):
     sentence: str
 
 
+class Change(_Record):
+    """A number before training and at the kept step, paired by prompt or by item."""
+
+    name: str
+    """A term of the watch such as `reward` or `length`, or a benchmark's task."""
+    before: float
+    after: float
+    difference: float
+    """After minus before, in the number's own unit."""
+    low: float | None
+    """One-sided lower bound of the difference; None where no interval is known."""
+    high: float | None
+    n: int
+    """Prompts, or items of a benchmark."""
+    p_value: float
+    """One-sided, against "it has not moved in the direction that is looked for"."""
+    shown: bool
+    """Whether it has, after the correction for several."""
+    detectable: float | None
+    """Change that this many show with a chance of 80%; None where it is not known."""
+    sentence: str
+    """The change in words."""
+
+
+class Hacking(_Record):
+    """Content of `watch.json`: whether the reward rose while an independent signal fell."""
+
+    flagged: bool
+    """Whether both are shown."""
+    audited: bool
+    """Whether there was an independent signal to hold against the reward."""
+    text: str
+    """The finding in words: `flagged: ...`, `not flagged: ...` or `not audited: ...`."""
+    step: int
+    """Optimizer step of the weights that are kept."""
+    confidence: float
+    reward: Change
+    signals: tuple[Change, ...]
+    """What the reward has no part in: benchmarks, and the judge."""
+    style: tuple[Change, ...]
+    """Length, repetition and what else is measured of the answers' form."""
+    warnings: tuple[str, ...]
+    """What moved in the form of the answers; none of it is a flag by itself."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what a stage's watch left in its folder.
+
+        Raises:
+            DataError: the folder holds no finding that this version can read.
+        """
+        return _load(cls, folder / "watch.json")
+
+    def save(self, folder: Path) -> None:
+        """Write `watch.json`."""
+        write_json(folder / "watch.json", _sorted(self.model_dump(mode="json")))
+
+
+def _empty(value: object) -> bool:
+    return not value
+
+
+class Watched(_Record):
+    """What the watch of one stage found."""
+
+    step: str
+    """The stage."""
+    hacking: Hacking
+
+    @property
+    def sentence(self) -> str:
+        """Such as `ppo: flagged: the reward rose while ...`."""
+        return f"{self.step}: {self.hacking.text}"
+
+
+class Comparison(_Record):
+    """The best of several candidates against another one that passes."""
+
+    best: str
+    other: str
+    difference: float
+    """By which the best one is better: mean over the tasks, or nats a token without tasks."""
+    low: float
+    high: float
+    better: bool
+    """Whether it is shown to be better."""
+    sentence: str
+
+
 class Verdict(_Record):
     """Content of `verdict.json`."""
 
@@ -173,9 +262,19 @@ class Verdict(_Record):
     reasons: tuple[str, ...]
     """What decided: the failed checks, else the open ones, else all of them."""
     checks: tuple[Check, ...]
+    """Of several candidates: of the chosen one, or of the first where none passes."""
     perplexity: PerplexityCheck | None
     max_drop: float
     confidence: float
+    """Of each bound. Of several candidates it is raised for their number."""
+    watched: Annotated[tuple[Watched, ...], Field(exclude_if=_empty)] = ()
+    """What was found by the stages that learned from rewards."""
+    choice: Annotated[str | None, Field(exclude_if=_empty)] = None
+    """Of several candidates: the one to go on with, if one passes."""
+    candidates: Annotated[dict[str, Verdict], Field(exclude_if=_empty)] = {}
+    """Of several candidates: what is said of each, by its name."""
+    comparisons: Annotated[tuple[Comparison, ...], Field(exclude_if=_empty)] = ()
+    """Of several candidates: the best one that passes against the others."""
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -204,3 +303,10 @@ def _load(kind: type[Record], path: Path) -> Record:
         raise DataError(f"{path.parent}: no {path.name} in it") from None
     except ValidationError as error:
         raise DataError(f"{path}: cannot be read by this version: {error}") from error
+
+
+def _sorted(value: Any) -> Any:
+    """The same with the keys of all mappings in order."""
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return [_sorted(item) for item in value] if isinstance(value, list) else value

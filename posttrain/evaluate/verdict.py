@@ -15,7 +15,8 @@ from pathlib import Path
 
 from posttrain.errors import DataError
 from posttrain.evaluate import statistics
-from posttrain.evaluate.items import Item, PerplexityRow, read_items, read_perplexity
+from posttrain.evaluate.items import PerplexityRow, read_items, read_perplexity
+from posttrain.evaluate.pairing import Pair, paired_items
 from posttrain.evaluate.results import (
     Check,
     EvaluationResults,
@@ -24,6 +25,7 @@ from posttrain.evaluate.results import (
     PerplexityResult,
     TaskResult,
     Verdict,
+    Watched,
     three_digits,
 )
 from posttrain.evaluate.statistics import PairedDifference
@@ -37,8 +39,16 @@ MIN_PERPLEXITY_ROWS = 10
 """Held-out rows below which no interval of perplexity is believed."""
 
 
-def judge(base: Path, candidate: Path, config: GateConfig) -> Verdict:
+def judge(
+    base: Path, candidate: Path, config: GateConfig, watched: tuple[Watched, ...] = ()
+) -> Verdict:
     """Compare two evaluations, given as folders, item by item.
+
+    Args:
+        base: Evaluation of the base.
+        candidate: Evaluation of the candidate.
+        config: What is asked of the candidate.
+        watched: What was found by the stages that learned from rewards on the way to it.
 
     Raises:
         DataError: the two were made with different settings or on different items, or there is
@@ -46,8 +56,8 @@ def judge(base: Path, candidate: Path, config: GateConfig) -> Verdict:
     """
     before, after = EvaluationResults.load(base), EvaluationResults.load(candidate)
     _check_comparable(before, after)
-    pairs = _paired_items(read_items(base), read_items(candidate))
-    differences = [_difference(task, pairs[task.task], config) for task in before.tasks]
+    pairs = paired_items(read_items(base), read_items(candidate))
+    differences = [task_difference(task, pairs[task.task], config) for task in before.tasks]
     perplexity = _perplexity(before, after, base, candidate, config)
     if not differences and perplexity is None:
         raise DataError(
@@ -61,49 +71,13 @@ def judge(base: Path, candidate: Path, config: GateConfig) -> Verdict:
     )
     if perplexity is not None and perplexity.verdict == "fail" and not shown[-1]:
         perplexity = _without_proof(perplexity)
-    return _add_up(checks, perplexity, config)
+    return _add_up(checks, perplexity, watched, config)
 
 
-def _check_comparable(before: EvaluationResults, after: EvaluationResults) -> None:
-    if before.settings_digest == after.settings_digest:
-        return
-    lines = "".join(f"\n  {line}" for line in before.settings.differences(after.settings))
-    raise DataError(
-        "gate: base and candidate were evaluated with different settings, so their difference "
-        f"would mean nothing; evaluate both with the same recipe (base first below):{lines}"
-    )
-
-
-_Pair = tuple[Item, Item]
-
-
-def _paired_items(base: Sequence[Item], candidate: Sequence[Item]) -> dict[str, list[_Pair]]:
-    """Pairs of equal items by task.
-
-    Raises:
-        DataError: an item of one evaluation is missing from the other, or is another question.
-    """
-    theirs = {(item.task, item.group, item.item_id): item for item in candidate}
-    pairs: dict[str, list[_Pair]] = {}
-    for item in base:
-        other = theirs.pop((item.task, item.group, item.item_id), None)
-        if other is None or other.item_digest != item.item_digest or other.metric != item.metric:
-            raise DataError(
-                f"gate: item {item.item_id} of `{item.group}` is not the same question in base and "
-                "candidate; the benchmark or the dataset changed between the two evaluations, so "
-                "evaluate both again"
-            )
-        pairs.setdefault(item.task, []).append((item, other))
-    if theirs:
-        task, group, item_id = next(iter(theirs))
-        raise DataError(
-            f"gate: item {item_id} of `{group}` (task `{task}`) was asked of the candidate and not "
-            "of the base; evaluate both again"
-        )
-    return pairs
-
-
-def _difference(task: TaskResult, pairs: Sequence[_Pair], config: GateConfig) -> PairedDifference:
+def task_difference(
+    task: TaskResult, pairs: Sequence[Pair], config: GateConfig
+) -> PairedDifference:
+    """Candidate minus base on a task's items, positive is better."""
     sign = 1.0 if task.higher_is_better else -1.0
     return statistics.paired_difference(
         [sign * first.value for first, _ in pairs],
@@ -113,6 +87,16 @@ def _difference(task: TaskResult, pairs: Sequence[_Pair], config: GateConfig) ->
         confidence=config.confidence,
         bootstrap_samples=config.bootstrap_samples,
         seed=config.seed,
+    )
+
+
+def _check_comparable(before: EvaluationResults, after: EvaluationResults) -> None:
+    if before.settings_digest == after.settings_digest:
+        return
+    lines = "".join(f"\n  {line}" for line in before.settings.differences(after.settings))
+    raise DataError(
+        "gate: base and candidate were evaluated with different settings, so their difference "
+        f"would mean nothing; evaluate both with the same recipe (base first below):{lines}"
     )
 
 
@@ -128,7 +112,7 @@ def _shown_drops(
 
 def _check(
     task: TaskResult,
-    pairs: Sequence[_Pair],
+    pairs: Sequence[Pair],
     difference: PairedDifference,
     drop_shown: bool,
     config: GateConfig,
@@ -158,7 +142,7 @@ def _check(
     )
 
 
-def _mcnemar(pairs: Sequence[_Pair]) -> float | None:
+def _mcnemar(pairs: Sequence[Pair]) -> float | None:
     values = [item.value for pair in pairs for item in pair]
     if any(value not in (0.0, 1.0) for value in values):
         return None
@@ -273,11 +257,16 @@ def _without_proof(check: PerplexityCheck) -> PerplexityCheck:
 
 
 def _add_up(
-    checks: tuple[Check, ...], perplexity: PerplexityCheck | None, config: GateConfig
+    checks: tuple[Check, ...],
+    perplexity: PerplexityCheck | None,
+    watched: tuple[Watched, ...],
+    config: GateConfig,
 ) -> Verdict:
     outcomes: list[tuple[Outcome, str]] = [(check.verdict, check.sentence) for check in checks]
     if perplexity is not None:
         outcomes.append((perplexity.verdict, perplexity.sentence))
+    if config.reward_hacking == "fail":
+        outcomes += [("fail", one.sentence) for one in watched if one.hacking.flagged]
     verdict: Outcome = "pass"
     for worst in ("fail", "not enough evidence"):
         if any(outcome == worst for outcome, _ in outcomes):
@@ -290,4 +279,5 @@ def _add_up(
         perplexity=perplexity,
         max_drop=config.max_drop,
         confidence=config.confidence,
+        watched=watched,
     )

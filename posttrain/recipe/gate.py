@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from posttrain.recipe.base import ArtifactKind, StageConfig
+
+CANDIDATE = "candidate:"
+"""Begins the inputs that are evaluations of several candidates; then comes the stage's name."""
+
+WATCH = "watch:"
+"""Begins the inputs that hold what a watch found; then comes the stage that was watched, and with
+several candidates before it the candidate's name: `watch:evaluate-ppo:ppo`."""
 
 
 class GateConfig(StageConfig):
@@ -16,8 +23,9 @@ class GateConfig(StageConfig):
 
     stage: Literal["gate"] = "gate"
     candidates: tuple[str, ...] = ()
-    """Names of `evaluate` stages whose models are compared with the base and with each other.
-    Default: the last one before the gate."""
+    """Names of `evaluate` stages whose models are compared with the base and with each other, the
+    one to be preferred among equals first. One that passes is enough. Default: the last one before
+    the gate."""
     max_drop: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Largest drop in accuracy that is acceptable, as a share (0.02 = two points)."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
@@ -30,3 +38,10 @@ class GateConfig(StageConfig):
     """Resamples behind each confidence interval."""
     seed: int = 0
     """Seed of the bootstrap."""
+
+    @field_validator("candidates")
+    @classmethod
+    def _names_differ(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("a candidate is named twice: remove one of them")
+        return value
