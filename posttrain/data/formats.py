@@ -22,6 +22,9 @@ Every format may have three more columns, which the row keeps:
 |            | time since 1970 in seconds, milli-, micro- or nanoseconds                          |
 | `score`    | a finite number, also as text; more is better                                      |
 
+`preference` may have a fourth, `margin`: how much better `chosen` is, a number of at least 0, also
+as text. A reward model is then asked for scores at least so far apart.
+
 Null, a blank text and a column that is not there mean that it is not known. A text in `date` that
 is no ISO 8601 date stays as it is. Other columns are ignored.
 """
@@ -40,6 +43,7 @@ from posttrain.data.messages import (
     parse_category,
     parse_date,
     parse_label,
+    parse_margin,
     parse_messages,
     parse_optional_text,
     parse_prompt,
@@ -87,7 +91,7 @@ _REQUIRED: dict[RowFormat, tuple[tuple[str, ...], ...]] = {
 }
 """Columns that make a format; each alternative is enough."""
 
-_OPTIONAL = {"input", "system", "category", "date", "score"}
+_OPTIONAL = {"input", "system", "category", "date", "score", "margin"}
 
 _COLUMNS_SHOWN = 30
 """Columns that an error message lists, and characters that it shows of each."""
@@ -278,7 +282,8 @@ def _preference(record: RawRecord) -> Preference:
     check_reply(chosen, "`chosen`")
     check_reply(rejected, "`rejected`")
     origin = _origin(record, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    return Preference(prompt=prompt, chosen=chosen, rejected=rejected, **origin)
+    margin = parse_margin(record.fields.get("margin"))
+    return Preference(prompt=prompt, chosen=chosen, rejected=rejected, margin=margin, **origin)
 
 
 def _kto(record: RawRecord) -> KtoExample:

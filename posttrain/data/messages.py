@@ -73,16 +73,17 @@ def parse_category(value: object) -> str | None:
 
 def parse_score(value: object) -> float | None:
     """A finite number, also as text; None for null or a blank text."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    if isinstance(value, int | float | str | Decimal) and not isinstance(value, bool):
-        try:
-            score = float(value)
-        except (ValueError, OverflowError):
-            score = math.nan
-        if math.isfinite(score):
-            return score
-    raise NotARow(f"`score` must be a number, not {shown(value)}")
+    return _number(value, "`score`")
+
+
+def parse_margin(value: object) -> float | None:
+    """A finite number of at least 0, also as text; None for null or a blank text."""
+    margin = _number(value, "`margin`")
+    if margin is not None and margin < 0:
+        raise NotARow(
+            f"`margin` must be at least 0, not {shown(value)}: it is how much better `chosen` is"
+        )
+    return margin
 
 
 def parse_date(value: object) -> str | None:
@@ -193,6 +194,19 @@ def _message(value: object, where: str) -> Message:
     if isinstance(content, list):
         content = _joined_parts(content, where)
     return Message(_ROLES[role], _text(content, f"`{content_key}` of {where}"))
+
+
+def _number(value: object, where: str) -> float | None:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, int | float | str | Decimal) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    raise NotARow(f"{where} must be a number, not {shown(value)}")
 
 
 def _joined_parts(parts: list[object], where: str) -> str:

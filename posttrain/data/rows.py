@@ -79,8 +79,8 @@ class Preference(_Row):
     chosen: Messages
     rejected: Messages
     margin: float | None = None
-    """How much better the first is, where the source says so: a reward model's scores shall be at
-    least so far apart. No part of what the row says: two pairs that differ in it alone are equal."""
+    """How much better the first is, at least 0, where the source says so: a reward model's scores
+    shall be so far apart. No part of what the row says: pairs that differ in it alone are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,7 @@ def add_adapter(
     config: AdapterConfig,
     total_steps: int,
     autocast_adapter_dtype: bool = True,
+    head: str | None = None,
 ) -> PeftModel:
     """Freeze the model and put an adapter on it, ready to be trained.
 
@@ -68,6 +69,8 @@ def add_adapter(
             small updates need. False: in the base's precision. DeepSpeed's ZeRO-3 needs that of a
             16-bit base, because it gathers parameters into buffers of one dtype
             (huggingface/trl#6089).
+        head: Name of a head of the model's own that is trained as it is, beside the adapter, and
+            written with it.
 
     Raises:
         ModelError: a name in `target_modules` is no layer's, or the method does not go with this
@@ -78,7 +81,7 @@ def add_adapter(
 
         adapted = add_bottleneck(model, config)
     else:
-        adapted = _add_by_peft(model, config, total_steps)
+        adapted = _add_by_peft(model, config, total_steps, head)
     import torch
 
     dtype = torch.float32 if autocast_adapter_dtype else model.dtype
@@ -145,13 +148,18 @@ def check_trainable(trainable: Trainable, adapter: bool) -> None:
         )
 
 
-def _add_by_peft(model: PreTrainedModel, config: AdapterConfig, total_steps: int) -> PeftModel:
+def _add_by_peft(
+    model: PreTrainedModel, config: AdapterConfig, total_steps: int, head: str | None
+) -> PeftModel:
     import peft
 
     _check_names(model, "target_modules", getattr(config, "target_modules", None))
     _check_names(model, "feedforward_modules", getattr(config, "feedforward_modules", None))
     try:
-        adapted = peft.get_peft_model(model, _peft_config(model, config, total_steps))
+        settings = _peft_config(model, config, total_steps)
+        if head is not None:
+            settings.task_type, settings.modules_to_save = "SEQ_CLS", [head]
+        adapted = peft.get_peft_model(model, settings)
         if isinstance(config, PrefixTuningConfig) and config.projection_size is None:
             _start_from_words(adapted, config.virtual_tokens)
     except (ValueError, TypeError, NotImplementedError) as error:

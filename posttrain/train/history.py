@@ -47,7 +47,8 @@ _OF_THE_MACHINE = {"epoch", "num_tokens", "runtime", "samples_per_second", "step
 def method_values(entry: Mapping[str, object], prefix: str = "") -> dict[str, float]:
     """The method's own numbers in an entry of a trainer's log, without the prefix `eval_`."""
     values = {}
-    for key, value in entry.items():
+    # A checkpoint's log has its keys in order, and so has that of a run which was resumed.
+    for key, value in sorted(entry.items()):
         name = key.removeprefix(prefix)
         usual = name in _OF_A_STEP | _OF_THE_MACHINE or name.startswith("loss/")
         if usual or not key.startswith(prefix) or not isinstance(value, int | float):

@@ -10,9 +10,10 @@ from posttrain.recipe.adapters import Quantization
 from posttrain.stages.program import StageInput
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
-_INSTALL = (
+HOW_TO_INSTALL = (
     "install `bitsandbytes>=0.50`, which has kernels for CUDA, ROCm and XPU devices and for CPUs, "
     "or remove `quantization`"
 )
@@ -38,7 +39,7 @@ def load_quantized(
         ModelError: the folder cannot be loaded, or bitsandbytes cannot quantize here.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, compute_dtype)
     try:
@@ -46,21 +47,28 @@ def load_quantized(
             model.path,
             dtype=dtype,
             use_safetensors=True,
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type=quantization.type,
-                bnb_4bit_use_double_quant=quantization.double,
-                bnb_4bit_compute_dtype=dtype,
-            ),
+            quantization_config=in_4_bits(quantization, dtype),
         )
     except ImportError as error:
-        raise ModelError(f"quantization: {error}; {_INSTALL}") from error
+        raise ModelError(f"quantization: {error}; {HOW_TO_INSTALL}") from error
     except (OSError, ValueError, RuntimeError) as error:
         if "bitsandbytes" in str(error):
-            raise ModelError(f"quantization: {error}; {_INSTALL}") from error
+            raise ModelError(f"quantization: {error}; {HOW_TO_INSTALL}") from error
         raise ModelError(f"{model.path}: cannot be loaded in 4 bits: {error}") from error
-    _keep_differentiable(loaded)
+    keep_differentiable(loaded)
     return loaded.requires_grad_(False)
+
+
+def in_4_bits(quantization: Quantization, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The recipe's settings as transformers takes them."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type,
+        bnb_4bit_use_double_quant=quantization.double,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
 
 
 def optimizer_name(quantization: Quantization | None) -> str:
@@ -78,7 +86,7 @@ def optimizer_name(quantization: Quantization | None) -> str:
     return str(TrainingArguments.default_optim)
 
 
-def _keep_differentiable(model: PreTrainedModel) -> None:
+def keep_differentiable(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from packing the weights anew at the first evaluation on a CPU.
 
     On CPUs with AVX512-BF16 it does, for a product of which no gradient can be taken: after an

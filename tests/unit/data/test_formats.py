@@ -441,6 +441,40 @@ def test_score_may_be_renamed_and_kto_keeps_its_label(write: Any) -> None:
     assert (made.label, made.score, made.category) == (False, 4.5, "7")
 
 
+PAIR = {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"), [(None, None), (" ", None), (0, 0.0), ("1.5", 1.5), (Decimal(2), 2.0)]
+)
+def test_a_pair_keeps_its_margin(value: object, kept: float | None) -> None:
+    assert row(PAIR).margin is None
+    made = row({**PAIR, "margin": value})
+    assert made.margin == kept
+    assert made.id == row(PAIR).id
+    assert content_json(made) == content_json(row(PAIR)), "two margins make no two pairs"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (-1, "`margin` must be at least 0, not -1: it is how much better `chosen` is"),
+        ("big", "`margin` must be a number, not 'big'"),
+        (True, "`margin` must be a number, not True"),
+    ],
+)
+def test_a_margin_that_is_none_names_the_value(value: object, reason: str) -> None:
+    bad = row({**PAIR, "margin": value})
+    assert isinstance(bad, BadRecord)
+    assert bad.reason == reason
+
+
+def test_a_margin_may_be_renamed(write: Any) -> None:
+    (made,) = read_rows(write({**PAIR, "gap": 2}, columns={"margin": "gap"}))
+    assert isinstance(made, Preference)
+    assert made.margin == 2.0
+
+
 @pytest.mark.parametrize(
     ("name", "row_type", "count", "ids"),
     [

@@ -38,7 +38,14 @@ ROWS: st.SearchStrategy[list[Row]] = st.one_of(
     st.lists(st.builds(Document, text=TEXT, **ORIGIN), max_size=5),
     st.lists(st.builds(Chat, messages=MESSAGES, **ORIGIN), max_size=5),
     st.lists(
-        st.builds(Preference, prompt=MESSAGES, chosen=MESSAGES, rejected=MESSAGES, **ORIGIN),
+        st.builds(
+            Preference,
+            prompt=MESSAGES,
+            chosen=MESSAGES,
+            rejected=MESSAGES,
+            margin=st.none() | st.floats(0, allow_nan=False),
+            **ORIGIN,
+        ),
         max_size=5,
     ),
     st.lists(
