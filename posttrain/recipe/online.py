@@ -134,6 +134,15 @@ class OnlineConfig(TrainingConfig):
             raise ValueError(f"two terms of the reward are called {', '.join(sorted(repeated))}")
         return self
 
+    @model_validator(mode="after")
+    def _reference_is_the_base(self) -> Self:
+        if getattr(self.adapter, "init", None) == "pissa":
+            raise ValueError(
+                "`init: pissa` changes the base, which with the adapter off is the reference that "
+                "the model is kept close to: remove it"
+            )
+        return self
+
     @property
     def padding_free(self) -> bool:
         """Never: answers are written side by side, padded on the left."""

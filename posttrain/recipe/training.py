@@ -44,8 +44,8 @@ class Batching(Strict):
     """How rows become optimizer steps."""
 
     batch_size: PositiveInt = 8
-    """Rows an optimizer step, over all devices; blocks of `max_length` tokens with `packing`. This,
-    not the micro-batch, shapes the result."""
+    """Rows an optimizer step, over all devices; blocks of `max_length` tokens with `packing`, pairs
+    of answers, or answers that the model writes. This, not the micro-batch, shapes the result."""
     micro_batch_size: PositiveInt | None = None
     """Rows a forward pass and device; the rest is gradient accumulation. Default: what divides
     `batch_size`, at most 8."""

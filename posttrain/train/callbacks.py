@@ -39,6 +39,9 @@ def training_callbacks(
     report: ReportProgress,
     events: EventWriter,
     describe_rows: Callable[[int], str],
+    *,
+    next_token_loss: bool = True,
+    save_at_multiples_of: int = 1,
 ) -> list[TrainerCallback]:
     """All callbacks of a training stage, in the order in which they must run.
 
@@ -47,12 +50,14 @@ def training_callbacks(
         report: Progress.
         events: Told of a stop.
         describe_rows: Names the rows that an optimizer step read, for an error.
+        next_token_loss: Whether the loss is that of next tokens, which guessing bounds.
+        save_at_multiples_of: Optimizer steps after which a run can go on from a checkpoint.
     """
     callbacks = [
-        RefuseDivergence(describe_rows),
+        RefuseDivergence(describe_rows, next_token_loss),
         report,
         CompleteCheckpoints(),
-        StopOnSignal(events),
+        StopOnSignal(events, save_at_multiples_of),
     ]
     if validation.patience is not None:
         callbacks.append(EarlyStoppingCallback(validation.patience, validation.min_delta))
@@ -65,8 +70,9 @@ class RefuseDivergence(TrainerCallback):  # type: ignore[misc]  # transformers i
     _PATIENCE = 3
     """Steps in a row with a loss worse than guessing: one alone may be an odd batch."""
 
-    def __init__(self, describe_rows: Callable[[int], str]) -> None:
+    def __init__(self, describe_rows: Callable[[int], str], next_token_loss: bool = True) -> None:
         self._describe_rows = describe_rows
+        self._next_token_loss = next_token_loss
         self._guessing = math.inf
         self._worse = 0
 
@@ -79,7 +85,7 @@ class RefuseDivergence(TrainerCallback):  # type: ignore[misc]  # transformers i
         **_: object,
     ) -> None:
         """Learn the loss of a model that knows nothing: ln(vocabulary), in nats a token."""
-        if model is not None:
+        if model is not None and self._next_token_loss:
             self._guessing = math.log(model.config.get_text_config().vocab_size)
 
     def on_log(
@@ -223,10 +229,12 @@ class CompleteCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """On SIGTERM: a checkpoint at the end of the present step, then exit code 143."""
+    """On SIGTERM: a checkpoint at the next step that allows for one, then exit code 143."""
 
-    def __init__(self, events: EventWriter) -> None:
+    def __init__(self, events: EventWriter, every: int = 1) -> None:
+        """Stop at multiples of `every` steps only: what lies between them is in no checkpoint."""
         self._events = events
+        self._every = every
         self._asked = False
         self._stopping = False
 
@@ -243,7 +251,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # transformers is un
 
         `should_training_stop` stays as it is: it is saved, and a resumed run would end at once.
         """
-        if any_process(self._asked, args.device):
+        if any_process(self._asked, args.device) and state.global_step % self._every == 0:
             self._stopping = True
             control.should_save = True
         return control

@@ -54,15 +54,19 @@ class PlainLogProbs:
             chunk_size: TRL's; `HEAD_LOGITS` takes its place.
             softcap: Bound of the logits, softcap * tanh(logits / softcap), or None.
             logit_scale: Logits are multiplied by it.
-            outputs: What TRL wants to log beside; entropy and accuracy, which nothing shows, are
-                zero here.
+            outputs: What TRL wants to log beside. Of a pass without gradient nothing is logged,
+                nor is anything of next-token training, which asks for hits and no mean logit:
+                there all of it is zero.
 
         Returns:
-            As TRL's: log-probabilities, then entropy, two that are not asked for, and hits.
+            As TRL's, each of shape [positions]: log-probabilities, entropy, logarithm of the sum of
+            squared probabilities, mean logit, and whether the target is the likeliest token.
         """
-        del chunk_size, outputs
+        del chunk_size
+        next_token = "is_top1" in outputs and "mean_logits" not in outputs
+        logged = outputs if torch.is_grad_enabled() and not next_token else ()
 
-        def score(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        def score(states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
             logits = F.linear(states, weight, bias).float()
             # Each of these would copy the logits, and few models have any.
             if logit_scale != 1:
@@ -71,7 +75,8 @@ class PlainLogProbs:
                 logits = softcap * torch.tanh(logits / softcap)
             if temperature != 1:
                 logits = logits / temperature
-            return -F.cross_entropy(logits, wanted, reduction="none")
+            log_probs = -F.cross_entropy(logits, wanted, reduction="none")
+            return log_probs, *_statistics(logits.detach(), wanted, logged)
 
         positions = max(1, HEAD_LOGITS // weight.shape[0])
         pieces = list(zip(hidden.split(positions), targets.split(positions), strict=True))
@@ -84,6 +89,23 @@ class PlainLogProbs:
                 checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False)
                 for piece in pieces
             ]
-        log_probs = torch.cat(scores)
-        nothing = torch.zeros_like(log_probs)
-        return log_probs, nothing, nothing, nothing, nothing.bool()
+        return tuple(torch.cat(parts) for parts in zip(*scores, strict=True))
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _statistics(
+    logits: torch.Tensor, wanted: torch.Tensor, logged: tuple[str, ...]
+) -> tuple[torch.Tensor, ...]:
+    """Entropy, log of the sum of squared probabilities, mean logit and hits; zero if not logged."""
+    nothing = torch.zeros_like(wanted, dtype=logits.dtype)
+    entropy = squares = mean = nothing
+    if "entropy" in logged:
+        # H = log Z - E[logit]; the product needs no copy of the size of the logits.
+        expected = torch.einsum("pv,pv->p", logits.softmax(-1), logits)
+        entropy = logits.logsumexp(-1) - expected
+    if "log_sum_sq_probs" in logged:
+        squares = (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
+    if "mean_logits" in logged:
+        mean = logits.mean(-1)
+    hits = logits.argmax(-1) == wanted if "is_top1" in logged else nothing.bool()
+    return entropy, squares, mean, hits

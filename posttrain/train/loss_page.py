@@ -36,17 +36,28 @@ th, td { text-align: right; padding: .15rem .9rem .15rem 0; border-bottom: 1px s
 """
 
 
-def write_loss_page(history: History, title: str, path: Path) -> None:
-    """Draw training and held-out loss over the steps, and list the evaluations."""
+def write_loss_page(
+    history: History, title: str, path: Path, unit: str = "Nats a trained token"
+) -> None:
+    """Draw training and held-out loss over the steps, and list the evaluations.
+
+    Args:
+        history: The run.
+        title: Of the page.
+        path: File to write.
+        unit: What the loss is, as the beginning of a sentence.
+    """
     page = Markup(
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>{title}</title>'
         "<style>{style}</style><h1>{title}</h1>"
-        "<p>Nats a trained token over optimizer steps."
+        "<p>{unit} over optimizer steps."
         '<span class="key" style="background: var(--train)"></span>training'
         '<span class="key" style="background: var(--held)"></span>held-out'
         '<span class="key" style="background: var(--best)"></span>kept</p>{chart}{table}</html>\n'
-    ).format(title=title, style=Markup(_STYLE), chart=_chart(history), table=_table(history))
+    ).format(
+        title=title, style=Markup(_STYLE), unit=unit, chart=_chart(history), table=_table(history)
+    )
     write_bytes(path, page.encode())
 
 

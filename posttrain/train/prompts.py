@@ -1,10 +1,25 @@
-"""Prompts for stages that learn from answers which the model writes: what of a row is asked."""
+"""Prompts for stages that learn from answers which the model writes: what of a row is asked.
+
+Such a stage accounts for its rows in `rows.parquet`, as every training stage does, one line a row
+of the dataset's training side:
+
+    id        the row's id, as in the dataset's ledger
+    verdict   trained; not read: never asked on the way to the saved weights; left out: it has no
+              prompt, or one that is longer than `rollout.max_prompt_tokens`
+    tokens    tokens of the prompt; null for a row left out
+    position  the prompt's place among those that can be asked, from 0; null for a row left out
+    passes    how often it was asked, whatever the number of answers each time, on the way to the
+              saved weights; null where that is not known
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from posttrain.data.rows import Chat, Document, KtoExample, Message, Messages, Preference, Row
 from posttrain.errors import ModelError
@@ -43,13 +58,61 @@ def encode_prompts(
     return prompts
 
 
+def prompt_order(count: int, asked: int, seed: int) -> np.ndarray:
+    """Which prompt is asked when: one pass over all after another, each in an order of its own.
+
+    Args:
+        count: Prompts there are.
+        asked: Prompts that are asked; a smaller number gives the beginning of the same order.
+        seed: Of the orders.
+
+    Returns:
+        int64 of shape (asked,): positions among the prompts.
+    """
+    draw = np.random.default_rng(seed)
+    passes = [draw.permutation(count) for _ in range(-(-asked // count))]
+    return np.concatenate([np.empty(0, np.int64), *passes])[:asked]
+
+
+def write_prompt_account(
+    path: Path, rows: Sequence[Row], prompts: Sequence[Prompt | None], asked: np.ndarray | None
+) -> None:
+    """Leave the account of the training rows; its columns stand at the head of this module.
+
+    Args:
+        path: File to write.
+        rows: The training side of the dataset, all of it.
+        prompts: From `encode_prompts`.
+        asked: How often each prompt that is not None was asked, int64; None where not known.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    there = np.array([prompt is not None for prompt in prompts], bool)
+    passes = np.zeros(len(rows), np.int64)
+    passes[there] = 1 if asked is None else asked
+    verdict = np.where(there, np.where(passes > 0, "trained", "not read"), "left out")
+    columns = {
+        "id": pa.array([row.id for row in rows], pa.string()),
+        "verdict": pa.array(verdict.astype(object), pa.string()),
+        "tokens": pa.array([p and len(p.input_ids) for p in prompts], pa.int64()),
+        "position": pa.array(np.cumsum(there) - 1, pa.int64(), mask=~there),
+        "passes": pa.array(passes, pa.int64(), mask=there if asked is None else None),
+    }
+    pq.write_table(pa.table(columns), path, compression="zstd", version="2.6")
+
+
 def prompt_of(row: Row) -> Messages:
-    """The turns that an answer follows; none for a chat that begins with the assistant."""
+    """The turns that an answer follows; none for a chat that is one turn of the assistant's.
+
+    Of a chat that ends with the assistant that is all before its last turn; any other chat waits
+    for an answer as a whole.
+    """
     match row:
         case Document():
             return (Message("user", row.text),)
         case Chat():
-            return row.messages[: _last_answer(row)]
+            return row.messages[:-1] if _answered(row) else row.messages
         case Preference() | KtoExample():
             return row.prompt
 
@@ -60,18 +123,19 @@ def reference_of(row: Row) -> str | None:
         case Document():
             return None
         case Chat():
-            last = _last_answer(row)
-            return row.messages[last].content if last < len(row.messages) else None
+            return row.messages[-1].content if _answered(row) else None
         case Preference():
-            return row.chosen[-1].content
+            return _first_answer(row.chosen)
         case KtoExample():
-            return row.completion[-1].content if row.label else None
+            return _first_answer(row.completion) if row.label else None
 
 
-def _last_answer(row: Chat) -> int:
-    """Position of the last assistant turn; the number of turns if there is none."""
-    turns = [turn for turn, message in enumerate(row.messages) if message.role == "assistant"]
-    return turns[-1] if turns else len(row.messages)
+def _answered(row: Chat) -> bool:
+    return bool(row.messages) and row.messages[-1].role == "assistant"
+
+
+def _first_answer(messages: Messages) -> str:
+    return next(message.content for message in messages if message.role == "assistant")
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, row: Row, messages: Messages) -> list[int]:

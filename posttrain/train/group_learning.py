@@ -1,0 +1,362 @@
+"""Learning from several answers to each prompt, the program behind `grpo` and `rloo`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from posttrain.data.prepared import PreparedDataset
+from posttrain.data.rows import Row
+from posttrain.errors import DataError
+from posttrain.evaluate.offline import stay_local
+from posttrain.hardware import resolve_dtype
+from posttrain.models import load_causal_lm, load_tokenizer
+from posttrain.recipe.grpo import GroupConfig, GrpoConfig
+from posttrain.recipe.rloo import RlooConfig
+from posttrain.stages.program import StageContext, StageResult
+from posttrain.train.arguments import Schedule, plan_schedule, training_arguments
+from posttrain.train.checkpoints import newest_complete, remove_incomplete
+from posttrain.train.language_modeling import held_out_rows, load_model, save_weights, say
+from posttrain.train.loss_page import LOSS_PAGE, write_loss_page
+from posttrain.train.processes import (
+    leave_process_group,
+    prepare_libraries,
+    wait_for_all,
+    world_size,
+)
+from posttrain.train.prompts import Prompt, encode_prompts, write_prompt_account
+from posttrain.train.resources import Resources, forget_peak, resident
+from posttrain.train.rewards import Reward, load_reward
+from posttrain.train.rows import ROW_ACCOUNT
+from posttrain.train.run import run_to_end, write_training_record
+from posttrain.train.sharding import loading_dtype, prepare_sharding
+from posttrain.train.watch import RewardWatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from posttrain.train.callbacks import ReportProgress
+    from posttrain.train.group_trainers import Asking, GroupTrainer
+    from posttrain.train.history import History
+
+Config = TypeVar("Config", bound=GroupConfig)
+
+_UNIT = "The policy's loss, and held out the price of KL less the reward,"
+"""What loss.html shows."""
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """The prompts of both sides, and what their answers are worth."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: list[Row]
+    """The training side of the dataset, all of it."""
+    prompts: list[Prompt | None]
+    """Of each row; None for one that is left out."""
+    held_out: list[Prompt]
+    reward: Reward
+    watch: RewardWatch
+
+    @property
+    def asked(self) -> list[Prompt]:
+        """The prompts that can be asked."""
+        return [prompt for prompt in self.prompts if prompt is not None]
+
+    @property
+    def left_out(self) -> int:
+        """Rows without a prompt, or with too long a one."""
+        return len(self.prompts) - len(self.asked)
+
+
+def learn(context: StageContext[Config]) -> StageResult | None:
+    """Learn from the rewards of answers; leave an adapter, or a full model, and its accounts.
+
+    `training.json` has TRL's numbers of every step and what the held-out answers were worth,
+    `rows.parquet` every training row; what the watch leaves is described in `train.watch`.
+
+    Inputs: `model`, a model folder; `dataset`, a prepared dataset; `reward:NAME` for each term of
+    the reward and the watch's judge. Under torchrun every process runs this; rank 0 writes the
+    output and returns the result.
+
+    Raises:
+        DataError: the dataset has no row that can be asked.
+        ModelError: the model has no chat template, or a loss is not a number.
+        RecipeError: a reward function cannot be used, or `extra_args` cannot work.
+        UsageError: a reward function failed.
+    """
+    sharding = context.config.launch.sharding
+    stay_local(context.config.watch.offline_root)
+    prepare_libraries(deepspeed=sharding is not None)
+    try:
+        prepare_sharding(sharding)
+        return _learn(context)
+    finally:
+        leave_process_group()
+
+
+def plan_steps(
+    config: GroupConfig, prompts: int, processes: int, micro_batch_size: int | None = None
+) -> Schedule:
+    """Steps in which every prompt is asked `epochs` times, evaluated between two sets of answers.
+
+    Args:
+        config: The stage.
+        prompts: Prompts that can be asked.
+        processes: That share the answers of a step.
+        micro_batch_size: Instead of the stage's own, where that needs too much memory.
+    """
+    schedule = plan_schedule(config, prompts * config.answers, processes, micro_batch_size)
+    passes = config.passes
+    steps = schedule.steps if config.max_steps else schedule.steps * passes
+    every = config.validation.every_steps or math.ceil(max(1, steps // 10) / passes) * passes
+    return dataclasses.replace(schedule, steps=steps, evaluate_every=min(every, steps))
+
+
+def _learn(context: StageContext[Config]) -> StageResult | None:
+    from posttrain.train.probe import within_memory
+
+    data = _read(context)
+    if context.rank == 0:
+        remove_incomplete(context.checkpoints)
+    forget_peak()
+    resources = Resources(None, resident(), context.config.micro_batch_size)
+
+    def attempt(micro_batch_size: int) -> StageResult | None:
+        resources.micro_batch_size = micro_batch_size
+        trainer, asking, report = _make_trainer(context, data, micro_batch_size)
+        _ask_benchmarks(context, data, trainer, "before")
+        say(context, "training")
+        history = run_to_end(trainer, newest_complete(context.checkpoints))
+        _ask_benchmarks(context, data, trainer, "after")
+        save_weights(context, trainer, data.tokenizer)
+        if context.rank != 0:
+            return None
+        return _leave_output(context, data, trainer, asking, history, report)
+
+    result = within_memory(context, attempt)
+    return None if result is None else resources.leave(context.output, result)
+
+
+def _read(context: StageContext[Config]) -> PromptData:
+    """Read and tokenize the prompts of both sides, and load what scores the answers."""
+    config = context.config
+    prepared = PreparedDataset.open(Path(context.input("dataset").path))
+    say(context, "tokenizing")
+    tokenizer = load_tokenizer(context.input("model"))
+    rows = prepared.train()
+    prompts = _encode(context, tokenizer, rows, "training")
+    groups = held_out_rows(prepared, config.dataset, config.validation.max_rows)
+    every = [row for group in groups.values() for row in group]
+    held_out = [p for p in _encode(context, tokenizer, every, "held-out") if p is not None]
+    say(context, "loading the reward")
+    reward = load_reward(context, config.reward)
+    judge = load_reward(context, [config.watch.judge]) if config.watch.judge else None
+    watch = RewardWatch(held_out, reward, judge, context.checkpoints, config)
+    return PromptData(tokenizer, rows, prompts, held_out, reward, watch)
+
+
+def _encode(
+    context: StageContext[Config],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
+    side: str,
+) -> list[Prompt | None]:
+    longest = context.config.rollout.max_prompt_tokens
+    prompts = encode_prompts(tokenizer, rows, longest)
+    left_out = sum(prompt is None for prompt in prompts)
+    if left_out == len(prompts):
+        raise DataError(
+            f"{context.config.dataset}: none of the {len(rows)} {side} rows has a prompt of at "
+            f"most {longest} tokens; raise `rollout.max_prompt_tokens`"
+        )
+    if left_out and context.rank == 0:
+        context.events.warning(
+            f"{left_out} {side} rows have no prompt, or one of more than {longest} tokens "
+            "(`rollout.max_prompt_tokens`), and are left out"
+        )
+    return prompts
+
+
+def _make_trainer(
+    context: StageContext[Config], data: PromptData, micro_batch_size: int
+) -> tuple[GroupTrainer, Asking, ReportProgress]:
+    """A trainer that is ready to start, or to go on from the newest checkpoint."""
+    from posttrain.train.adapters import adapter_callbacks, check_trainable, count_trainable
+    from posttrain.train.callbacks import ReportProgress, training_callbacks
+    from posttrain.train.group_trainers import Asking, GrpoTrainer, RlooTrainer
+
+    config = context.config
+    schedule = plan_steps(config, len(data.asked), world_size(), micro_batch_size)
+    # The arguments come before the model: they give each process its device.
+    args = training_arguments(
+        config,
+        schedule,
+        context.checkpoints,
+        resolve_dtype(config.dtype),
+        resumed=newest_complete(context.checkpoints) is not None,
+        method={**_fields(config), **_own_fields(config)},
+    )
+    say(context, "loading the model")
+    model = load_model(context, schedule.steps)
+    trainable = count_trainable(model)
+    check_trainable(trainable, adapter=config.adapter is not None)
+    say(context, f"ready: {trainable}")
+    asking = Asking(
+        config,
+        data.asked,
+        data.held_out,
+        data.reward,
+        data.watch,
+        schedule.steps,
+        lambda: load_causal_lm(
+            context.input("model"), loading_dtype(config, resolve_dtype(config.dtype))
+        ),
+    )
+
+    def describe_rows(step: int) -> str:
+        rows = {prompt.row.id: prompt.row for prompt in asking.asked_at(step)}
+        return ", ".join(f"{row.file}:{row.row}" for row in rows.values())
+
+    report = ReportProgress(context.events, config.launch.log_every_steps)
+    callbacks = training_callbacks(
+        config.validation,
+        report,
+        context.events,
+        describe_rows,
+        next_token_loss=False,
+        save_at_multiples_of=config.passes,
+    )
+    make = RlooTrainer if isinstance(config, RlooConfig) else GrpoTrainer
+    trainer = make(
+        asking=asking,
+        model=model,
+        args=args,
+        processing_class=data.tokenizer,
+        callbacks=[*callbacks, *adapter_callbacks(model, config.adapter)],
+    )
+    return trainer, asking, report
+
+
+def _fields(config: GroupConfig) -> dict[str, object]:
+    """What TRL's GRPOConfig and RLOOConfig call by the same names."""
+    return {
+        "beta": config.beta,
+        "epsilon": config.clip,
+        "num_generations": config.answers,
+        "num_generations_eval": 1,
+        "num_iterations": config.passes,
+        "max_completion_length": config.rollout.max_new_tokens,
+        "temperature": config.rollout.temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "reward_weights": [term.weight for term in config.reward],
+        "disable_dropout": True,
+        "remove_unused_columns": False,
+        "use_vllm": config.rollout.backend == "vllm",
+        "vllm_mode": "colocate",
+    }
+
+
+def _own_fields(config: GroupConfig) -> dict[str, object]:
+    """What only one of the two has."""
+    match config:
+        case GrpoConfig():
+            return {"loss_type": config.loss, "scale_rewards": config.scale_rewards}
+        case RlooConfig():
+            return {"normalize_advantages": config.normalize_advantages}
+        case _:
+            raise TypeError(f"{config.stage} does not learn in groups")
+
+
+def _ask_benchmarks(
+    context: StageContext[Config], data: PromptData, trainer: GroupTrainer, moment: str
+) -> None:
+    """Let the watch ask its benchmarks, on one process, while the others wait."""
+    if context.rank == 0:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        data.watch.ask(moment, model, data.tokenizer, context.events)  # type: ignore[arg-type]
+    wait_for_all()
+
+
+def _leave_output(
+    context: StageContext[Config],
+    data: PromptData,
+    trainer: GroupTrainer,
+    asking: Asking,
+    history: History,
+    report: ReportProgress,
+) -> StageResult:
+    from posttrain.train.adapters import count_trainable
+
+    trainable = count_trainable(trainer.model)
+    write_training_record(history, trainable, context.output)
+    asked = count_asked(asking, history)
+    write_prompt_account(context.output / ROW_ACCOUNT, data.rows, data.prompts, asked)
+    if history.best.loss >= history.before:
+        context.events.warning(
+            "held-out reward less the price of KL did not rise; training made the model no better"
+        )
+    result = _result(history, data)
+    metrics = {
+        **result.metrics,
+        "tokens_per_second": report.tokens_per_second,
+        "trainable_parameters": trainable.count,
+        "trainable_share": trainable.share,
+    }
+    title = f"{context.job.name}: {result.headline}"
+    write_loss_page(history, title, context.output / LOSS_PAGE, _UNIT)
+    data.watch.leave(context.output, history.best.step, title)
+    return result.model_copy(update={"metrics": metrics})
+
+
+def count_asked(asking: Asking, history: History) -> np.ndarray | None:
+    """How often each prompt was asked on the way to the saved weights.
+
+    Not taken on trust: the prompts that the order gives for each step must have as many tokens as
+    the step counted in those that it really asked.
+
+    Args:
+        asking: What was asked.
+        history: Every optimizer step of the run.
+
+    Returns:
+        int64 of shape (prompts,), or None where a step read something else.
+    """
+    answers, passes = asking.config.answers, asking.config.passes
+    for step in history.steps:
+        tokens = answers * sum(len(prompt.input_ids) for prompt in asking.asked_at(step.step))
+        if tokens != step.tokens - step.trained_tokens:
+            return None
+    until = -(-history.best.step // passes)
+    return np.bincount(asking.order[:until].ravel(), minlength=len(asking.prompts))
+
+
+def _result(history: History, data: PromptData) -> StageResult:
+    before, best, steps = history.held_out[0], history.best, len(history.steps)
+    first, last = before.values["reward"], best.values["reward"]
+    # Added to zero, a negative number that rounds to zero has no sign.
+    kl = round(best.values["kl"], 1) + 0.0
+    by_name = {f"held_out_{name}": value for name, value in best.values.items() if name != "reward"}
+    gain = f"held-out reward {first:.2f} -> {last:.2f}"
+    return StageResult(
+        headline=f"{gain} at {kl:.1f} nats of KL in {steps} steps",
+        metrics={
+            **by_name,
+            "held_out_reward_before": first,
+            "held_out_reward_after": last,
+            "held_out_loss_before": before.loss,
+            "held_out_loss": best.loss,
+            "best_step": best.step,
+            "steps": steps,
+            "tokens": history.tokens,
+            "trained_tokens": history.trained_tokens,
+            "prompts": len(data.asked),
+            "prompts_left_out": data.left_out,
+        },
+    )
