@@ -5,7 +5,7 @@ LOCK   ?= requirements.lock
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock quickstart test lint test-slow test-gpu proof-quickstart bench-data bench-train bench-memory clean
+.PHONY: help install lock quickstart test lint test-slow test-gpu proof-quickstart bench-data bench-train bench-ppo bench-memory clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -69,8 +69,17 @@ bench-data: install .venv-peers/.installed  ## Speed, recall and memory of the d
 bench-train: install  ## Speed of the training stages beside plain TRL scripts, and their overhead.
 	@$(BIN)/python benchmarks/train.py $(BENCH)
 
+# TRL's last release with PPO needs an environment of its own, too.
+.venv-peers-ppo/.installed: benchmarks/peers/requirements-ppo.txt
+	$(PYTHON) -m venv .venv-peers-ppo
+	.venv-peers-ppo/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+bench-ppo: install .venv-peers-ppo/.installed  ## Speed of PPO and DPO beside TRL, and of a cached reference.
+	@$(BIN)/python benchmarks/ppo.py --peers-python .venv-peers-ppo/bin/python $(BENCH)
+
 bench-memory: install  ## Estimated memory beside what training really takes.
 	@$(BIN)/python benchmarks/memory.py $(BENCH)
 
 clean:  ## Remove the environment and all results.
-	rm -rf .venv .venv-peers .posttrain
+	rm -rf .venv .venv-peers .venv-peers-ppo .posttrain

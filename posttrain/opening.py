@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from posttrain.building import build_pipeline
+from posttrain.data.formats import FAMILIES
 from posttrain.errors import (
     DataError,
     ModelError,
@@ -26,7 +27,7 @@ from posttrain.recipe import (
     PretrainConfig,
     Recipe,
     RowFamily,
-    SftConfig,
+    StageConfig,
     TrainingConfig,
 )
 from posttrain.recipe.load import load_recipe
@@ -63,12 +64,23 @@ def _open_model(recipe: Recipe, store: Store, problems: list[Problem]) -> ModelR
     except (ModelError, UsageError, StoreError) as error:
         problems.append(Problem("model", str(error)))
         return ModelReference("folder", recipe.model, "")
-    chats = any(isinstance(stage, SftConfig) for stage in recipe.stages)
+    chats = any(_writes_chats(stage) for stage in recipe.stages)
     if chats and model.kind == "folder" and not has_chat_template(Path(model.location)):
         message = f"{model.location} has no chat template, so chats cannot be rendered for it"
         fix = "start from an instruction-tuned model, or add a chat_template.jinja to the folder"
         problems.append(Problem("model", message, fix))
     return model
+
+
+def _writes_chats(stage: StageConfig) -> bool:
+    """Whether a stage reads rows that the model's chat template has to write.
+
+    A stage that asks prompts may be given documents, which are prompts as they are: then its
+    preflight finds out.
+    """
+    return isinstance(stage, TrainingConfig) and not {stage.family, *stage.also_reads} & {
+        "documents"
+    }
 
 
 def _open_datasets(recipe: Recipe, store: Store, problems: list[Problem]) -> dict[str, Rows]:
@@ -84,8 +96,9 @@ def _open_datasets(recipe: Recipe, store: Store, problems: list[Problem]) -> dic
     families: dict[str, RowFamily | None] = {}
     for name, spec in recipe.datasets.items():
         rows[name] = Rows(name, spec, digest="")
-        family, found = check_dataset(name, spec, _wanted_family(recipe, name))
+        family, found = check_dataset(name, spec, None)
         families[name] = family
+        found += _family_problems(recipe, name, family)
         problems += found + _cleaning_problems(recipe, name, family)
         if found:
             continue
@@ -98,12 +111,24 @@ def _open_datasets(recipe: Recipe, store: Store, problems: list[Problem]) -> dic
     return rows
 
 
-def _wanted_family(recipe: Recipe, dataset: str) -> RowFamily | None:
-    """What the stages that use a dataset need of it."""
+def _family_problems(recipe: Recipe, dataset: str, family: RowFamily | None) -> list[Problem]:
+    """Rows that a stage cannot read; one problem for all stages that need the same."""
+    problems: list[Problem] = []
     for stage in recipe.stages:
-        if isinstance(stage, TrainingConfig) and dataset in _rows_of(recipe, stage):
-            return stage.family
-    return None
+        if not isinstance(stage, TrainingConfig) or dataset not in _rows_of(recipe, stage):
+            continue
+        wanted = (stage.family, *sorted(stage.also_reads))
+        if family is None or family in wanted:
+            continue
+        formats = ", ".join(name for name, of in FAMILIES.items() if of in wanted)
+        problem = Problem(
+            f"datasets.{dataset}.format",
+            f"its rows are {family}, but the stage that uses it needs {' or '.join(wanted)}",
+            f"use a dataset in one of these formats: {formats}",
+        )
+        if problem not in problems:
+            problems.append(problem)
+    return problems
 
 
 def _rows_of(recipe: Recipe, stage: TrainingConfig) -> tuple[str, ...]:

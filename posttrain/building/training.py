@@ -63,7 +63,7 @@ class TrainingSteps(DataSteps):
             method=config.stage,
             max_length=config.batching.max_length,
             max_held_out_rows=config.validation.max_rows,
-            mismatch=micro if isinstance(config, KtoConfig) else 1,
+            quantization=config.quantization,
             dtype=config.dtype,
             micro_batch_size=micro,
         )

@@ -25,7 +25,6 @@ from posttrain.recipe.online import OnlineConfig
 from posttrain.recipe.training import Sharding, TrainingConfig
 from posttrain.train.arguments import plan_schedule
 
-
 REFERENCE_TIME = 4 / 3
 """A forward pass of the reference beside a forward and a backward pass, which is twice as long."""
 

@@ -9,15 +9,16 @@ from pydantic import Field
 from posttrain.recipe.adapters import PositiveFloat
 from posttrain.recipe.base import RowFamily
 from posttrain.recipe.dpo import Reference
-from posttrain.recipe.training import TrainingConfig
+from posttrain.recipe.preferences import ReferencedConfig
 
 Weight = Annotated[float, Field(ge=0)]
 
 
-class KtoConfig(TrainingConfig):
+class KtoConfig(ReferencedConfig):
     """Kahneman-Tversky optimization (Ethayarajh et al., 2024, arXiv:2402.01306).
 
-    Reads marked answers, and pairs too: each as one wanted and one unwanted answer.
+    Reads marked answers, and pairs too: each as one wanted and one unwanted answer. Nothing is
+    dropped out while training, as in `dpo`.
     """
 
     family: ClassVar[RowFamily] = "kto"

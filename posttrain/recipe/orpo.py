@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from posttrain.recipe.adapters import PositiveFloat
 from posttrain.recipe.base import RowFamily
-from posttrain.recipe.training import TrainingConfig
+from posttrain.recipe.preferences import PreferenceConfig
 
 
-class OrpoConfig(TrainingConfig):
+class OrpoConfig(PreferenceConfig):
     """Odds ratio preference optimization (Hong et al., 2024, arXiv:2403.07691): no reference."""
 
     family: ClassVar[RowFamily] = "preferences"

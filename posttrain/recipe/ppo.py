@@ -6,9 +6,10 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from posttrain.recipe.adapters import PositiveFloat, PositiveInt
+from posttrain.recipe.adapters import AdaLoraConfig, PositiveFloat, PositiveInt
 from posttrain.recipe.base import Strict
 from posttrain.recipe.online import OnlineConfig
+from posttrain.recipe.training import Optimization
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -29,8 +30,9 @@ class Critic(Strict):
     """What predicts the reward still to come, at each token."""
 
     backbone: Literal["own", "shared"] = "own"
-    """`own`: a second copy of the model with a scalar head. `shared`: a scalar head on the
-    policy's last hidden states; half the memory, and the two losses pull on the same weights."""
+    """`own`: the model once more, with a scalar head; where the policy is an adapter, another
+    adapter on the same frozen weights. `shared`: a scalar head on the policy's last hidden states;
+    less memory and time, and the two losses pull on the same weights."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate of the critic. Default: the policy's."""
 
@@ -57,6 +59,15 @@ class Shaping(Strict):
     """Taken from the score of an answer that did not end by itself."""
     length_penalty: Annotated[float, Field(ge=0)] = 0.0
     """Taken from the score for each token of the answer."""
+
+
+class Annealed(Optimization):
+    """How far and how fast the weights move: slower from update to update."""
+
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Shape of the learning rate over the run."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the updates in which the learning rate rises from zero."""
 
 
 class PpoConfig(OnlineConfig):
@@ -87,6 +98,8 @@ class PpoConfig(OnlineConfig):
     """How much one update may change."""
     shaping: Shaping = Shaping()
     """What is done to the rewards first."""
+    optimization: Annealed = Annealed()
+    """Learning rate and what belongs to it."""
 
     @model_validator(mode="after")
     def _ours_alone(self) -> Self:
@@ -98,6 +111,23 @@ class PpoConfig(OnlineConfig):
                 f"{rows} answers cannot be split into {self.minibatches} minibatches on "
                 f"{self.launch.world_size} processes: batching.batch_size must be a multiple"
             )
-        if self.launch.sharding is not None:
-            raise ValueError("`ppo` runs on one machine without sharding: remove `launch.sharding`")
+        if self.launch.sharding is not None or self.launch.nodes > 1:
+            raise ValueError(
+                "`ppo` runs on one machine without sharding: remove `launch.sharding` and `nodes`"
+            )
+        if self.optimization.neftune_alpha is not None:
+            raise ValueError(
+                "noise would make another policy of the one that wrote the answers: remove "
+                "`optimization.neftune_alpha`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_has_an_off(self) -> Self:
+        adapter = self.adapter
+        if adapter is not None and (adapter.prompt_learning or isinstance(adapter, AdaLoraConfig)):
+            raise ValueError(
+                "`ppo` trains adapters that are added to the layers, of fixed ranks: write "
+                "`adapter: {type: lora}`"
+            )
         return self

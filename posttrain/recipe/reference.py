@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from posttrain.recipe.adapters import PositiveInt
+from posttrain.recipe.adapters import PositiveInt, Quantization
 from posttrain.recipe.base import ArtifactKind, DType, StageConfig, unhashed
 
 
@@ -15,15 +15,13 @@ class ReferenceConfig(StageConfig):
 
     stage: Literal["reference"] = "reference"
     method: Literal["dpo", "kto"]
-    """Whose rows: pairs, or single answers with others' prompts for KTO's KL term."""
+    """Whose rows: pairs, or single answers, and others' answers for KTO's KL term."""
     max_length: PositiveInt
     """Longest sequence, in tokens."""
     max_held_out_rows: PositiveInt
     """Held-out rows that are scored as well."""
-    mismatch: PositiveInt = 1
-    """KTO: rows that exchange their answers for its KL term, those of one forward pass."""
+    quantization: Quantization | None = None
+    """Of the training stage: its reference is the base in 4 bits, too."""
     dtype: DType = "auto"
     """Precision of the weights."""
-    seed: int = 0
-    """Of the training stage's order of rows."""
     micro_batch_size: PositiveInt = unhashed(8, "Rows a forward pass.")

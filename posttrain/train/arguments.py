@@ -68,9 +68,12 @@ MANAGED = {
     "eos_token": "rows are tokenized and labelled before TRL sees them",
     "eval_on_start": "the loss before training is always measured",
     "eval_packing": "the held-out loss is known for each row",
+    "generate_during_eval": "answers are shown by `posttrain generate`",
     "greater_is_better": "the best checkpoint has the lowest held-out loss",
     "hub_model_id": "artifacts go to the store",
     "ignore_data_skip": "a resumed run must see the rows that an uninterrupted one would",
+    "is_encoder_decoder": "models are causal language models",
+    "ld_alpha": "held-out rewards count every token of an answer",
     "load_best_model_at_end": "the best checkpoint is always restored",
     "log_level": "it follows `tracking.log_level`",
     "log_level_replica": "it follows `tracking.log_level`",
@@ -81,6 +84,7 @@ MANAGED = {
     "output_dir": "checkpoints go to the work directory",
     "packing_strategy": "rows are packed before TRL sees them",
     "pad_token": "the padding token belongs to the tokenizer",
+    "padding_value": "the padding token belongs to the tokenizer",
     "push_to_hub": "artifacts go to the store",
     "remove_unused_columns": "rows hold nothing but what is trained on",
     "report_to": "tracking is done outside of the training process",
@@ -88,6 +92,8 @@ MANAGED = {
     "resume_from_checkpoint": "a killed run is resumed by itself",
     "save_only_model": "a checkpoint must be enough to go on from",
     "shuffle_dataset": "rows are shuffled every epoch already",
+    "sync_ref_model": "held-out rows are compared with one reference throughout",
+    "train_sampling_strategy": "the order of the rows follows from the seed",
     "truncation_mode": "rows are tokenized and labelled before TRL sees them",
     "use_cpu": "it follows from the hardware",
 }
@@ -111,7 +117,10 @@ METHOD_KEYS: dict[str, dict[str, str]] = {
         "precompute_ref_log_probs": "reference",
         "precompute_ref_batch_size": "batching.micro_batch_size",
     },
-    "experimental.orpo.ORPOConfig": {"beta": "beta"},
+    "experimental.orpo.ORPOConfig": {
+        "beta": "beta",
+        "max_completion_length": "batching.max_length",
+    },
     "GRPOConfig": {
         "beta": "beta",
         "epsilon": "clip",
@@ -163,7 +172,10 @@ class Schedule:
 def config_class(trl_config: str) -> type[TrainingArguments]:
     """TRL's config class of that name below `trl`, such as `experimental.orpo.ORPOConfig`."""
     import importlib
+    import os
 
+    # Whoever wrote the recipe can do nothing about TRL's warning that it may move.
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     module, _, name = f"trl.{trl_config}".rpartition(".")
     found: type[TrainingArguments] = getattr(importlib.import_module(module), name)
     return found

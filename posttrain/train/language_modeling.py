@@ -44,7 +44,7 @@ from posttrain.train.sharding import (
 from posttrain.train.tables import TrainingTable, held_out_table, make_table
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
     from posttrain.train.callbacks import ReportProgress
     from posttrain.train.history import History
@@ -107,7 +107,7 @@ def _train(context: StageContext[Config]) -> StageResult | None:
         trainer, report = _make_trainer(context, data, micro_batch_size)
         say(context, "training")
         history = run_to_end(trainer, newest_complete(context.checkpoints))
-        _save(context, trainer, data.tokenizer)
+        save_weights(context, trainer, data.tokenizer)
         if context.rank != 0:
             return None
         return _leave_output(context, data, trainer, history, report)
@@ -141,26 +141,38 @@ def _read(context: StageContext[Config]) -> TrainingData:
 def _read_held_out(
     context: StageContext[Config], prepared: PreparedDataset, tokenizer: PreTrainedTokenizerBase
 ) -> HeldOut:
-    """The first rows of the validation side; of a mix, the first of each of its datasets."""
-    config = context.config
-    rows = prepared.validation()
-    origins = prepared.origins("validation") or [config.dataset] * len(rows)
-    chosen: dict[str, list[Row]] = {}
-    for row, origin in zip(rows, origins, strict=True):
-        task = chosen.setdefault(origin, [])
-        if len(task) < config.validation.max_rows:
-            task.append(row)
-    groups = {task: chosen[task] for task in sorted(chosen)}
+    groups = held_out_rows(prepared, context.config.dataset, context.config.validation.max_rows)
     every = [row for group in groups.values() for row in group]
     encoded = _encode(context, tokenizer, every, "held-out").every
     bounds = iter(encoded)
     table, tasks = held_out_table(
         [[next(bounds) for _ in group] for group in groups.values()],
-        config.batching.max_length,
-        config.micro_batch_size * world_size(),
+        context.config.batching.max_length,
+        context.config.micro_batch_size * world_size(),
         tokenizer.pad_token_id,
     )
     return HeldOut(every, table, tuple(groups), tasks)
+
+
+def held_out_rows(prepared: PreparedDataset, dataset: str, max_rows: int) -> dict[str, list[Row]]:
+    """The first rows of the validation side; of a mix, the first of each of its datasets.
+
+    Args:
+        prepared: The dataset.
+        dataset: Its name, under which the rows of one that is no mix are returned.
+        max_rows: Most rows of each.
+
+    Returns:
+        Rows by the name of their dataset, in the order of the names.
+    """
+    rows = prepared.validation()
+    origins = prepared.origins("validation") or [dataset] * len(rows)
+    chosen: dict[str, list[Row]] = {}
+    for row, origin in zip(rows, origins, strict=True):
+        task = chosen.setdefault(origin, [])
+        if len(task) < max_rows:
+            task.append(row)
+    return {task: chosen[task] for task in sorted(chosen)}
 
 
 def _encode(
@@ -205,14 +217,14 @@ def _make_trainer(
         },
     )
     say(context, "loading the model")
-    model = _load_model(context, schedule.steps)
+    model = load_model(context, schedule.steps)
     trainable = count_trainable(model)
     check_trainable(trainable, adapter=config.adapter is not None)
     say(context, f"ready: {trainable}")
     report = ReportProgress(
         context.events,
         config.launch.log_every_steps,
-        _utilization(context, data.table, trainable.count),
+        utilization(context, _lengths(data.table), trainable.count),
     )
 
     def describe_rows(step: int) -> str:
@@ -234,22 +246,31 @@ def _make_trainer(
     return trainer, report
 
 
-def _utilization(
-    context: StageContext[Config], table: TrainingTable, trainable: int
+def utilization(
+    context: StageContext[Config], lengths: np.ndarray, trainable: int
 ) -> Callable[[float], float | None]:
-    """From tokens a second to the share of the hardware's peak that training reaches."""
+    """From tokens a second to the share of the hardware's peak that training reaches.
+
+    Args:
+        context: The stage.
+        lengths: Tokens of each sequence.
+        trainable: Trained parameters.
+    """
     try:
         sizes = read_architecture(Path(context.input("model").path))
     except ModelError:
         return lambda _: None
-    lengths = np.array([length for entry in table.dataset["seq_lengths"] for length in entry])
     # A token costs attention by the length of its row: long rows count by their tokens.
     length = float((lengths**2).sum() / lengths.sum())
     dtype, processes = resolve_dtype(context.config.dtype), world_size()
     return lambda speed: model_flops_utilization(speed, sizes, trainable, length, dtype, processes)
 
 
-def _load_model(context: StageContext[Config], steps: int) -> PreTrainedModel:
+def _lengths(table: TrainingTable) -> np.ndarray:
+    return np.array([length for entry in table.dataset["seq_lengths"] for length in entry])
+
+
+def load_model(context: StageContext[Config], steps: int) -> PreTrainedModel:
     """The weights to train: an adapter on a frozen base, or all of them in float32.
 
     Mixed precision keeps trained weights in float32 and computes in 16 bits: in bfloat16 itself
@@ -307,8 +328,8 @@ def _leave_output(
     return result
 
 
-def _save(
-    context: StageContext[Config], trainer: TokenWeightedTrainer, tokenizer: PreTrainedTokenizerBase
+def save_weights(
+    context: StageContext[Config], trainer: Trainer, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Write the weights, by rank 0; with sharding every process has a part of them to give."""
     from posttrain.train.outputs import cast_weights, save_adapter, save_model, stored_dtype

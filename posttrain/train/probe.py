@@ -83,9 +83,23 @@ class ProbeMemory(TrainerCallback):  # type: ignore[misc]  # transformers is unt
     taken back: there the first steps themselves are the probe.
     """
 
-    def __init__(self, trainer: Trainer, table: TrainingTable) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        table: TrainingTable,
+        loss: Callable[[torch.nn.Module, dict[str, Any]], torch.Tensor] | None = None,
+    ) -> None:
+        """Try the widest rows of `table` before the first step.
+
+        Args:
+            trainer: The trainer.
+            table: What it reads.
+            loss: Loss of a batch under a model, with no trace left in the trainer's numbers and
+                without waiting for other processes. Default: that of next-token prediction.
+        """
         self._trainer = trainer
         self._table = table
+        self._loss = loss or _next_token_loss
 
     def on_train_begin(
         self,
@@ -127,8 +141,12 @@ class ProbeMemory(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         inputs: dict[str, Any] = trainer._prepare_inputs(batch)
         # Without synchronization: processes need not agree yet, and nothing is to be averaged.
         with trainer.accelerator.no_sync(model), trainer.compute_loss_context_manager():
-            out = model(**inputs, use_cache=False, fused_lm_head=True)
-            trainer.accelerator.backward(out.loss)
+            trainer.accelerator.backward(self._loss(model, inputs))
+
+
+def _next_token_loss(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    loss: torch.Tensor = model(**inputs, use_cache=False, fused_lm_head=True).loss
+    return loss
 
 
 @contextmanager

@@ -6,11 +6,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from posttrain.errors import RecipeError
+from posttrain.recipe import STAGES, TrainingConfig
 from posttrain.recipe.sft import SftConfig
 from posttrain.train.arguments import (
     HAS_RECIPE_KEY,
     MANAGED,
+    METHOD_KEYS,
     check_extra_args,
+    config_class,
     plan_schedule,
     training_arguments,
 )
@@ -44,7 +47,7 @@ def test_a_recipe_cannot_replace_anything_that_is_set_here(tmp_path) -> None:
 
     config = SftConfig(dataset="chats", seed=3, optimization={"weight_decay": 0.1})
     schedule = plan_schedule(config, entries=100, world_size=1)
-    ours = training_arguments(config, schedule, tmp_path, "float32", resumed=False)
+    ours = training_arguments(config, schedule, tmp_path, "float32", resumed=False, method={})
     plain = TrlSftConfig(output_dir="elsewhere", use_cpu=True)
     # Defaults of ours that a recipe may replace; the first is another name of the last.
     free = {"activation_checkpointing", "dataloader_pin_memory", "gradient_checkpointing"}
@@ -57,19 +60,53 @@ def test_the_tables_name_each_field_once() -> None:
     assert not HAS_RECIPE_KEY.keys() & MANAGED.keys()
 
 
+METHODS = {
+    config.trl_config: config
+    for config in STAGES.values()
+    if issubclass(config, TrainingConfig) and config.trl_config in METHOD_KEYS
+}
+
+
+@pytest.mark.parametrize("trl_config", METHOD_KEYS)
+def test_a_methods_own_keys_are_fields_of_trl_and_send_to_keys_of_the_stage(
+    trl_config: str,
+) -> None:
+    fields = {field.name for field in dataclasses.fields(config_class(trl_config))}
+    stage = METHODS[trl_config]
+    for name, key in METHOD_KEYS[trl_config].items():
+        assert name in fields
+        assert key.partition(".")[0] in stage.model_fields
+        (problem,) = check_extra_args([name], trl_config=trl_config)
+        assert problem.fix == f"write `{key}` of the stage instead"
+
+
+def test_a_methods_arguments_come_last_and_are_its_own_class(tmp_path) -> None:
+    config = STAGES["dpo"](dataset="pairs", extra_args={"discopop_tau": 0.1})
+    schedule = plan_schedule(config, entries=100, world_size=1)
+    arguments = training_arguments(
+        config, schedule, tmp_path, "float32", resumed=False, method={"beta": 0.3}
+    )
+    assert isinstance(arguments, config_class("DPOConfig"))
+    assert (arguments.beta, arguments.discopop_tau) == (0.3, 0.1)
+
+
+def test_what_would_move_the_reference_is_refused() -> None:
+    (problem,) = check_extra_args(["sync_ref_model"], trl_config="DPOConfig")
+    assert "one reference throughout" in problem.message
+
+
 def test_an_extra_argument_reaches_trl(tmp_path) -> None:
     config = SftConfig(dataset="chats", extra_args={"adam_beta2": 0.95})
     schedule = plan_schedule(config, entries=100, world_size=1)
-    assert (
-        training_arguments(config, schedule, tmp_path, "float32", resumed=True).adam_beta2 == 0.95
-    )
+    arguments = training_arguments(config, schedule, tmp_path, "float32", resumed=True, method={})
+    assert arguments.adam_beta2 == 0.95
 
 
 def test_a_wrong_value_is_an_error_of_the_recipe(tmp_path) -> None:
     config = SftConfig(dataset="chats", extra_args={"optim": "sgdd"})
     schedule = plan_schedule(config, entries=100, world_size=1)
     with pytest.raises(RecipeError, match="extra_args"):
-        training_arguments(config, schedule, tmp_path, "float32", resumed=True)
+        training_arguments(config, schedule, tmp_path, "float32", resumed=True, method={})
 
 
 @given(
