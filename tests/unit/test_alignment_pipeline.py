@@ -146,7 +146,9 @@ def test_two_methods_side_by_side_are_one_recipe_with_one_gate(
     assert {"dpo", "reward", "ppo"} < set(stages)
     assert stages.count("gate") == 1
     gate = pipeline.step("gate").inputs
-    assert {"candidate:evaluate-dpo", "candidate:evaluate-ppo", "watch:evaluate-ppo:ppo"} < set(gate)
+    assert {"candidate:evaluate-dpo", "candidate:evaluate-ppo", "watch:evaluate-ppo:ppo"} < set(
+        gate
+    )
     for method in ("dpo", "ppo"):
         assert pipeline.step(method).inputs["model"] == pipeline.step("reward").inputs["model"]
 
