@@ -26,8 +26,9 @@ def bytes_beside(sizes: Architecture, config: TrainingConfig, training: Training
     critic = 0.0
     if isinstance(config, PpoConfig) and config.critic.backbone == "own":
         trained = trainable_parameters(sizes, config.adapter)
-        states = trained * FLOAT32 * (ADAM_STATES + 1)  # and a gradient
-        critic = parameter_bytes(sizes, training) + states
+        # With an adapter the critic is a second one, on the same frozen weights.
+        weights = parameter_bytes(sizes, training) if config.adapter is None else trained * FLOAT32
+        critic = weights + trained * FLOAT32 * (ADAM_STATES + 1)  # and a gradient
     return copies * frozen + critic
 
 

@@ -97,6 +97,15 @@ def reward_terms(value: Any) -> Any:
     )
 
 
+class Annealed(Optimization):
+    """How far and how fast the weights move: slower from step to step."""
+
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Shape of the learning rate over the run."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps in which the learning rate rises from zero."""
+
+
 class OnlineConfig(TrainingConfig):
     """Learns from the rewards of answers that the model itself writes to the dataset's prompts.
 
@@ -118,7 +127,7 @@ class OnlineConfig(TrainingConfig):
     """How answers are written."""
     watch: Watch = Watch()
     """Looking for reward hacking."""
-    optimization: Optimization = Optimization(scheduler="linear", warmup=0.0)
+    optimization: Annealed = Annealed()
     """Learning rate and what belongs to it."""
 
     @field_validator("reward", mode="before")

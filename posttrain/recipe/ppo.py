@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from posttrain.recipe.adapters import AdaLoraConfig, PositiveFloat, PositiveInt
 from posttrain.recipe.base import Strict
 from posttrain.recipe.online import OnlineConfig
-from posttrain.recipe.training import Optimization
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -61,15 +60,6 @@ class Shaping(Strict):
     """Taken from the score for each token of the answer."""
 
 
-class Annealed(Optimization):
-    """How far and how fast the weights move: slower from update to update."""
-
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """Shape of the learning rate over the run."""
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the updates in which the learning rate rises from zero."""
-
-
 class PpoConfig(OnlineConfig):
     """PPO with a critic, as for language models (Huang et al., 2024, arXiv:2403.17031).
 
@@ -98,8 +88,6 @@ class PpoConfig(OnlineConfig):
     """How much one update may change."""
     shaping: Shaping = Shaping()
     """What is done to the rewards first."""
-    optimization: Annealed = Annealed()
-    """Learning rate and what belongs to it."""
 
     @model_validator(mode="after")
     def _ours_alone(self) -> Self:

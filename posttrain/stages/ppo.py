@@ -13,19 +13,15 @@ from posttrain.recipe.ppo import PpoConfig
 from posttrain.stages.program import StageContext, StageResult, run_program
 from posttrain.train.arguments import plan_schedule
 from posttrain.train.checkpoints import newest_complete, remove_incomplete
-from posttrain.train.group_learning import PromptData, _read, _result
 from posttrain.train.language_modeling import load_model, say
-from posttrain.train.loss_page import LOSS_PAGE, write_loss_page
+from posttrain.train.online import PromptData, leave_online_output, read_prompts
 from posttrain.train.processes import (
     leave_process_group,
     prepare_libraries,
     wait_for_all,
     world_size,
 )
-from posttrain.train.prompts import write_prompt_account
 from posttrain.train.resources import Resources, forget_peak, resident
-from posttrain.train.rows import ROW_ACCOUNT
-from posttrain.train.run import write_training_record
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,7 +67,7 @@ def _train(context: StageContext[PpoConfig]) -> StageResult | None:
     resources = Resources(None, resident(), context.config.micro_batch_size)
     # The accelerator comes before the model: it gives each process its device.
     accelerator = _join_processes(context.config)
-    data = _read(context)  # type: ignore[type-var]
+    data = read_prompts(context)
     if context.rank == 0:
         remove_incomplete(context.checkpoints)
     wait_for_all()
@@ -160,27 +156,17 @@ def _leave_output(
 ) -> StageResult:
     from posttrain.train.adapters import count_trainable
 
-    trainable, best = count_trainable(policy), history.best.step
-    write_training_record(history, trainable, context.output)
-    asked = trainer.order[: best * context.config.batching.batch_size]
-    passes = np.bincount(asked, minlength=len(data.asked))
-    write_prompt_account(context.output / ROW_ACCOUNT, data.rows, data.prompts, passes)
-    if history.best.loss >= history.before:
-        context.events.warning(
-            "held-out reward less the price of KL did not rise; training made the model no better"
-        )
-    result = _result(history, data)
-    title = f"{context.job.name}: {result.headline}"
-    unit = "The price of KL less the reward, of an answer,"
-    write_loss_page(history, title, context.output / LOSS_PAGE, unit)
-    data.watch.leave(context.output, best, title)
-    metrics = {
-        **result.metrics,
-        "tokens_per_second": trainer.tokens / max(trainer.seconds, 1e-9),
-        "trainable_parameters": trainable.count,
-        "trainable_share": trainable.share,
-    }
-    return result.model_copy(update={"metrics": metrics})
+    asked = trainer.order[: history.best.step * context.config.batching.batch_size]
+    return leave_online_output(
+        context,
+        data,
+        history,
+        count_trainable(policy),
+        np.bincount(asked, minlength=len(data.asked)),
+        tokens_per_second=trainer.tokens / max(trainer.seconds, 1e-9),
+        unit="The price of KL less the reward, of an answer,",
+        counted="updates",
+    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -4,42 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from posttrain.data.prepared import PreparedDataset
-from posttrain.data.rows import Row
-from posttrain.errors import DataError
 from posttrain.evaluate.offline import stay_local
 from posttrain.hardware import resolve_dtype
-from posttrain.models import load_causal_lm, load_tokenizer
+from posttrain.models import load_causal_lm
 from posttrain.recipe.grpo import GroupConfig, GrpoConfig
 from posttrain.recipe.rloo import RlooConfig
 from posttrain.stages.program import StageContext, StageResult
 from posttrain.train.arguments import Schedule, plan_schedule, training_arguments
 from posttrain.train.checkpoints import newest_complete, remove_incomplete
-from posttrain.train.language_modeling import held_out_rows, load_model, save_weights, say
-from posttrain.train.loss_page import LOSS_PAGE, write_loss_page
+from posttrain.train.language_modeling import load_model, save_weights, say
+from posttrain.train.online import PromptData, leave_online_output, read_prompts
 from posttrain.train.processes import (
     leave_process_group,
     prepare_libraries,
     wait_for_all,
     world_size,
 )
-from posttrain.train.prompts import Prompt, encode_prompts, write_prompt_account
 from posttrain.train.resources import Resources, forget_peak, resident
-from posttrain.train.rewards import Reward, load_reward
-from posttrain.train.rows import ROW_ACCOUNT
-from posttrain.train.run import run_to_end, write_training_record
+from posttrain.train.run import run_to_end
 from posttrain.train.sharding import loading_dtype, prepare_sharding
-from posttrain.train.watch import RewardWatch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from posttrain.train.callbacks import ReportProgress
     from posttrain.train.group_trainers import Asking, GroupTrainer
     from posttrain.train.history import History
@@ -48,30 +37,6 @@ Config = TypeVar("Config", bound=GroupConfig)
 
 _UNIT = "The policy's loss, and held out the price of KL less the reward,"
 """What loss.html shows."""
-
-
-@dataclass(frozen=True)
-class PromptData:
-    """The prompts of both sides, and what their answers are worth."""
-
-    tokenizer: PreTrainedTokenizerBase
-    rows: list[Row]
-    """The training side of the dataset, all of it."""
-    prompts: list[Prompt | None]
-    """Of each row; None for one that is left out."""
-    held_out: list[Prompt]
-    reward: Reward
-    watch: RewardWatch
-
-    @property
-    def asked(self) -> list[Prompt]:
-        """The prompts that can be asked."""
-        return [prompt for prompt in self.prompts if prompt is not None]
-
-    @property
-    def left_out(self) -> int:
-        """Rows without a prompt, or with too long a one."""
-        return len(self.prompts) - len(self.asked)
 
 
 def learn(context: StageContext[Config]) -> StageResult | None:
@@ -121,7 +86,7 @@ def plan_steps(
 def _learn(context: StageContext[Config]) -> StageResult | None:
     from posttrain.train.probe import within_memory
 
-    data = _read(context)
+    data = read_prompts(context)
     if context.rank == 0:
         remove_incomplete(context.checkpoints)
     forget_peak()
@@ -141,46 +106,6 @@ def _learn(context: StageContext[Config]) -> StageResult | None:
 
     result = within_memory(context, attempt)
     return None if result is None else resources.leave(context.output, result)
-
-
-def _read(context: StageContext[Config]) -> PromptData:
-    """Read and tokenize the prompts of both sides, and load what scores the answers."""
-    config = context.config
-    prepared = PreparedDataset.open(Path(context.input("dataset").path))
-    say(context, "tokenizing")
-    tokenizer = load_tokenizer(context.input("model"))
-    rows = prepared.train()
-    prompts = _encode(context, tokenizer, rows, "training")
-    groups = held_out_rows(prepared, config.dataset, config.validation.max_rows)
-    every = [row for group in groups.values() for row in group]
-    held_out = [p for p in _encode(context, tokenizer, every, "held-out") if p is not None]
-    say(context, "loading the reward")
-    reward = load_reward(context, config.reward)
-    judge = load_reward(context, [config.watch.judge]) if config.watch.judge else None
-    watch = RewardWatch(held_out, reward, judge, context.checkpoints, config)
-    return PromptData(tokenizer, rows, prompts, held_out, reward, watch)
-
-
-def _encode(
-    context: StageContext[Config],
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[Row],
-    side: str,
-) -> list[Prompt | None]:
-    longest = context.config.rollout.max_prompt_tokens
-    prompts = encode_prompts(tokenizer, rows, longest)
-    left_out = sum(prompt is None for prompt in prompts)
-    if left_out == len(prompts):
-        raise DataError(
-            f"{context.config.dataset}: none of the {len(rows)} {side} rows has a prompt of at "
-            f"most {longest} tokens; raise `rollout.max_prompt_tokens`"
-        )
-    if left_out and context.rank == 0:
-        context.events.warning(
-            f"{left_out} {side} rows have no prompt, or one of more than {longest} tokens "
-            "(`rollout.max_prompt_tokens`), and are left out"
-        )
-    return prompts
 
 
 def _make_trainer(
@@ -295,24 +220,16 @@ def _leave_output(
     from posttrain.train.adapters import count_trainable
 
     trainable = count_trainable(trainer.model)
-    write_training_record(history, trainable, context.output)
-    asked = count_asked(asking, history)
-    write_prompt_account(context.output / ROW_ACCOUNT, data.rows, data.prompts, asked)
-    if history.best.loss >= history.before:
-        context.events.warning(
-            "held-out reward less the price of KL did not rise; training made the model no better"
-        )
-    result = _result(history, data)
-    metrics = {
-        **result.metrics,
-        "tokens_per_second": report.tokens_per_second,
-        "trainable_parameters": trainable.count,
-        "trainable_share": trainable.share,
-    }
-    title = f"{context.job.name}: {result.headline}"
-    write_loss_page(history, title, context.output / LOSS_PAGE, _UNIT)
-    data.watch.leave(context.output, history.best.step, title)
-    return result.model_copy(update={"metrics": metrics})
+    return leave_online_output(
+        context,
+        data,
+        history,
+        trainable,
+        count_asked(asking, history),
+        tokens_per_second=report.tokens_per_second,
+        unit=_UNIT,
+        counted="steps",
+    )
 
 
 def count_asked(asking: Asking, history: History) -> np.ndarray | None:
@@ -335,28 +252,3 @@ def count_asked(asking: Asking, history: History) -> np.ndarray | None:
             return None
     until = -(-history.best.step // passes)
     return np.bincount(asking.order[:until].ravel(), minlength=len(asking.prompts))
-
-
-def _result(history: History, data: PromptData) -> StageResult:
-    before, best, steps = history.held_out[0], history.best, len(history.steps)
-    first, last = before.values["reward"], best.values["reward"]
-    # Added to zero, a negative number that rounds to zero has no sign.
-    kl = round(best.values["kl"], 1) + 0.0
-    by_name = {f"held_out_{name}": value for name, value in best.values.items() if name != "reward"}
-    gain = f"held-out reward {first:.2f} -> {last:.2f}"
-    return StageResult(
-        headline=f"{gain} at {kl:.1f} nats of KL in {steps} steps",
-        metrics={
-            **by_name,
-            "held_out_reward_before": first,
-            "held_out_reward_after": last,
-            "held_out_loss_before": before.loss,
-            "held_out_loss": best.loss,
-            "best_step": best.step,
-            "steps": steps,
-            "tokens": history.tokens,
-            "trained_tokens": history.trained_tokens,
-            "prompts": len(data.asked),
-            "prompts_left_out": data.left_out,
-        },
-    )

@@ -19,6 +19,7 @@ from posttrain.estimate.rows import RowLengths, lay_out, lengths_of_dataset, len
 from posttrain.estimate.speed import flops_per_token, gpu_peak_flops, measure_cpu
 from posttrain.estimate.stage import estimate_stage
 from posttrain.estimate.trainable import trainable_parameters
+from posttrain.recipe import STAGES, TrainingConfig
 from posttrain.recipe.adapters import AdapterConfig, LoraConfig, Quantization
 from posttrain.recipe.sft import SftConfig
 from posttrain.recipe.training import Sharding
@@ -354,3 +355,23 @@ def test_sizes_survive_being_kept(tmp_path: Path) -> None:
 
     adapter = TypeAdapter(Architecture)
     assert adapter.validate_json(adapter.dump_json(LLAMA_7B)) == LLAMA_7B
+
+
+def test_models_beside_the_trained_one_are_counted() -> None:
+    """DPO over all weights holds its reference; with an adapter, or from a cache, it does not."""
+    lengths = RowLengths(np.full(32, 100, np.int64), "made up")
+
+    def beside(stage: dict[str, object]) -> float:
+        kind = str(stage["stage"])
+        config = STAGES[kind].model_validate({"dataset": "rows", "dtype": "float32", **stage})
+        assert isinstance(config, TrainingConfig)
+        return estimate_stage(LLAMA_7B, config, lengths, H100).memory.beside
+
+    weights = 4.0 * LLAMA_7B.parameters
+    assert beside({"stage": "dpo", "adapter": None}) == weights
+    assert beside({"stage": "dpo", "adapter": None, "reference": "cached"}) == 0
+    assert beside({"stage": "dpo"}) == 0
+    assert beside({"stage": "grpo", "reward": "r.py:f"}) == 0
+    assert beside({"stage": "grpo", "reward": "judge"}) == weights
+    # Reference, reward model, and a critic with gradients and AdamW's two states.
+    assert beside({"stage": "ppo", "adapter": None, "reward": "judge"}) == (2 + 4) * weights

@@ -346,6 +346,7 @@ def test_every_training_row_is_accounted_for(tiny_model: Path, tmp_path: Path) -
     assert sum(tokens * passes for tokens, passes in read) == history_of(stage_dir).tokens
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(tiny_model: Path, tmp_path: Path) -> None:
     data = make_preferences(tmp_path / "data", train=27, held_out=7)
     quiet: dict[str, Any] = {"adapter": {"rank": 4, "dropout": 0.0}}
