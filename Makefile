@@ -5,7 +5,7 @@ LOCK   ?= requirements.lock
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install lock quickstart test lint test-slow test-gpu proof-quickstart bench-data bench-train bench-ppo bench-memory clean
+.PHONY: bench-online help install lock quickstart test lint test-slow test-gpu proof-quickstart bench-data bench-train bench-ppo bench-memory clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -77,6 +77,9 @@ bench-train: install  ## Speed of the training stages beside plain TRL scripts, 
 
 bench-ppo: install .venv-peers-ppo/.installed  ## Speed of PPO and DPO beside TRL, and of a cached reference.
 	@$(BIN)/python benchmarks/ppo.py --peers-python .venv-peers-ppo/bin/python $(BENCH)
+
+bench-online: install  ## Learning curves of PPO, GRPO and RLOO on one task.
+	@$(BIN)/python benchmarks/online.py $(BENCH)
 
 bench-memory: install  ## Estimated memory beside what training really takes.
 	@$(BIN)/python benchmarks/memory.py $(BENCH)

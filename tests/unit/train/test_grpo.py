@@ -416,6 +416,7 @@ def test_a_run_that_is_told_to_stop_keeps_the_answers_it_has_learned_from(
     assert (checkpoint / "COMPLETE").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_write_and_learn_what_one_does(
     sharp_model: Path, dataset: Path, tmp_path: Path
 ) -> None:

@@ -203,6 +203,7 @@ def test_a_run_that_had_ended_is_not_trained_any_further(
     assert digests_of(stage_dir / "output") == digests_of(trained / "output")
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(
     trained: Path, tiny_model: Path, dataset: Path, function: Path, tmp_path: Path
 ) -> None:
