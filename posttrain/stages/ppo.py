@@ -12,8 +12,9 @@ from posttrain.hardware import resolve_dtype
 from posttrain.recipe.ppo import PpoConfig
 from posttrain.stages.program import StageContext, StageResult, run_program
 from posttrain.train.arguments import plan_schedule
+from posttrain.train.attempts import say
 from posttrain.train.checkpoints import newest_complete, remove_incomplete
-from posttrain.train.language_modeling import load_model, say
+from posttrain.train.language_modeling import load_model
 from posttrain.train.online import PromptData, leave_online_output, read_prompts
 from posttrain.train.processes import (
     leave_process_group,

@@ -14,19 +14,18 @@ from posttrain.models import load_causal_lm
 from posttrain.recipe.grpo import GroupConfig, GrpoConfig
 from posttrain.recipe.rloo import RlooConfig
 from posttrain.stages.program import StageContext, StageResult
-from posttrain.train.arguments import Schedule, plan_schedule, training_arguments
-from posttrain.train.checkpoints import newest_complete, remove_incomplete
-from posttrain.train.language_modeling import load_model, save_weights, say
+from posttrain.train.arguments import Schedule, plan_schedule
+from posttrain.train.attempts import begin, say, train_as_fits, training_process
+from posttrain.train.checkpoints import newest_complete
+from posttrain.train.language_modeling import load_model, save_weights
 from posttrain.train.online import PromptData, leave_online_output, read_prompts
 from posttrain.train.processes import (
-    leave_process_group,
-    prepare_libraries,
     wait_for_all,
     world_size,
 )
 from posttrain.train.resources import Resources, forget_peak, resident
 from posttrain.train.run import run_to_end
-from posttrain.train.sharding import loading_dtype, prepare_sharding
+from posttrain.train.sharding import loading_dtype
 
 if TYPE_CHECKING:
     from posttrain.train.callbacks import ReportProgress
@@ -55,14 +54,9 @@ def learn(context: StageContext[Config]) -> StageResult | None:
         RecipeError: a reward function cannot be used, or `extra_args` cannot work.
         UsageError: a reward function failed.
     """
-    sharding = context.config.launch.sharding
     stay_local(context.config.watch.offline_root)
-    prepare_libraries(deepspeed=sharding is not None)
-    try:
-        prepare_sharding(sharding)
+    with training_process(context.config):
         return _learn(context)
-    finally:
-        leave_process_group()
 
 
 def plan_steps(
@@ -84,16 +78,11 @@ def plan_steps(
 
 
 def _learn(context: StageContext[Config]) -> StageResult | None:
-    from posttrain.train.probe import within_memory
-
     data = read_prompts(context)
-    if context.rank == 0:
-        remove_incomplete(context.checkpoints)
     forget_peak()
     resources = Resources(None, resident(), context.config.micro_batch_size)
 
     def attempt(micro_batch_size: int) -> StageResult | None:
-        resources.micro_batch_size = micro_batch_size
         trainer, asking, report = _make_trainer(context, data, micro_batch_size)
         _ask_benchmarks(context, data, trainer, "before")
         say(context, "training")
@@ -104,34 +93,21 @@ def _learn(context: StageContext[Config]) -> StageResult | None:
             return None
         return _leave_output(context, data, trainer, asking, history, report)
 
-    result = within_memory(context, attempt)
-    return None if result is None else resources.leave(context.output, result)
+    return train_as_fits(context, resources, attempt)
 
 
 def _make_trainer(
     context: StageContext[Config], data: PromptData, micro_batch_size: int
 ) -> tuple[GroupTrainer, Asking, ReportProgress]:
     """A trainer that is ready to start, or to go on from the newest checkpoint."""
-    from posttrain.train.adapters import adapter_callbacks, check_trainable, count_trainable
+    from posttrain.train.adapters import adapter_callbacks
     from posttrain.train.callbacks import ReportProgress, training_callbacks
     from posttrain.train.group_trainers import Asking, GrpoTrainer, RlooTrainer
 
     config = context.config
     schedule = plan_steps(config, len(data.asked), world_size(), micro_batch_size)
-    # The arguments come before the model: they give each process its device.
-    args = training_arguments(
-        config,
-        schedule,
-        context.checkpoints,
-        resolve_dtype(config.dtype),
-        resumed=newest_complete(context.checkpoints) is not None,
-        method={**_fields(config), **_own_fields(config)},
-    )
-    say(context, "loading the model")
-    model = load_model(context, schedule.steps)
-    trainable = count_trainable(model)
-    check_trainable(trainable, adapter=config.adapter is not None)
-    say(context, f"ready: {trainable}")
+    method = {**_fields(config), **_own_fields(config)}
+    start = begin(context, schedule, method, load_model)
     asking = Asking(
         config,
         data.asked,
@@ -160,10 +136,10 @@ def _make_trainer(
     make = RlooTrainer if isinstance(config, RlooConfig) else GrpoTrainer
     trainer = make(
         asking=asking,
-        model=model,
-        args=args,
+        model=start.model,
+        args=start.args,
         processing_class=data.tokenizer,
-        callbacks=[*callbacks, *adapter_callbacks(model, config.adapter)],
+        callbacks=[*callbacks, *adapter_callbacks(start.model, config.adapter)],
     )
     return trainer, asking, report
 

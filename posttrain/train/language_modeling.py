@@ -18,18 +18,18 @@ from posttrain.hardware import resolve_dtype
 from posttrain.models import load_causal_lm, load_tokenizer
 from posttrain.recipe.training import TrainingConfig
 from posttrain.stages.program import StageContext, StageResult
-from posttrain.train.arguments import plan_schedule, training_arguments
-from posttrain.train.checkpoints import newest_complete, remove_incomplete
+from posttrain.train.arguments import plan_schedule
+from posttrain.train.attempts import begin, describe_step, say, train_as_fits, training_process
+from posttrain.train.checkpoints import newest_complete
 from posttrain.train.held_out import HELD_OUT_ROWS, HeldOut
 from posttrain.train.loss_page import LOSS_PAGE, write_loss_page
-from posttrain.train.processes import leave_process_group, prepare_libraries, world_size
+from posttrain.train.processes import world_size
 from posttrain.train.resources import Resources
 from posttrain.train.rows import (
     ROW_ACCOUNT,
     Encodings,
     count_passes,
     encode_rows,
-    rows_of_step,
     write_row_account,
 )
 from posttrain.train.run import run_to_end, training_result, write_training_record
@@ -39,7 +39,6 @@ from posttrain.train.sharding import (
     join_adapter,
     keep_outputs_precise,
     loading_dtype,
-    prepare_sharding,
 )
 from posttrain.train.tables import TrainingTable, held_out_table, make_table
 
@@ -85,25 +84,14 @@ def train(context: StageContext[Config]) -> StageResult | None:
         ModelError: the model has no chat template, or a loss is not a number.
         RecipeError: `batching` or `extra_args` cannot work.
     """
-    sharding = context.config.launch.sharding
-    prepare_libraries(deepspeed=sharding is not None and not sharding.fsdp)
-    try:
-        prepare_sharding(sharding)
+    with training_process(context.config):
         return _train(context)
-    finally:
-        leave_process_group()
 
 
 def _train(context: StageContext[Config]) -> StageResult | None:
-    from posttrain.train.probe import within_memory
-
     data = _read(context)
-    if context.rank == 0:
-        remove_incomplete(context.checkpoints)
-    resources = Resources.watch(context, data.table)
 
     def attempt(micro_batch_size: int) -> StageResult | None:
-        resources.micro_batch_size = micro_batch_size
         trainer, report = _make_trainer(context, data, micro_batch_size)
         say(context, "training")
         history = run_to_end(trainer, newest_complete(context.checkpoints))
@@ -112,8 +100,7 @@ def _train(context: StageContext[Config]) -> StageResult | None:
             return None
         return _leave_output(context, data, trainer, history, report)
 
-    result = within_memory(context, attempt)
-    return None if result is None else resources.leave(context.output, result)
+    return train_as_fits(context, Resources.watch(context, data.table), attempt)
 
 
 def _read(context: StageContext[Config]) -> TrainingData:
@@ -195,51 +182,37 @@ def _make_trainer(
     context: StageContext[Config], data: TrainingData, micro_batch_size: int
 ) -> tuple[TokenWeightedTrainer, ReportProgress]:
     """A trainer that is ready to start, or to go on from the newest checkpoint."""
-    from posttrain.train.adapters import adapter_callbacks, check_trainable, count_trainable
+    from posttrain.train.adapters import adapter_callbacks
     from posttrain.train.callbacks import ReportProgress, training_callbacks
     from posttrain.train.probe import ProbeMemory
     from posttrain.train.trainer import TokenWeightedTrainer
 
     config = context.config
     schedule = plan_schedule(config, len(data.table), world_size(), micro_batch_size)
-    # The arguments come before the model: they give each process its device.
-    args = training_arguments(
-        config,
-        schedule,
-        context.checkpoints,
-        resolve_dtype(config.dtype),
-        resumed=newest_complete(context.checkpoints) is not None,
-        # Rows come tokenized and in their final length.
-        method={
-            "max_length": None,
-            "padding_free": config.padding_free,
-            "dataset_kwargs": {"skip_prepare_dataset": True},
-        },
-    )
-    say(context, "loading the model")
-    model = load_model(context, schedule.steps)
-    trainable = count_trainable(model)
-    check_trainable(trainable, adapter=config.adapter is not None)
-    say(context, f"ready: {trainable}")
+    # Rows come tokenized and in their final length.
+    method: dict[str, object] = {
+        "max_length": None,
+        "padding_free": config.padding_free,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    start = begin(context, schedule, method, load_model)
     report = ReportProgress(
         context.events,
         config.launch.log_every_steps,
-        utilization(context, _lengths(data.table), trainable.count),
+        utilization(context, _lengths(data.table), start.trainable.count),
     )
 
     def describe_rows(step: int) -> str:
-        loader = trainer.get_train_dataloader()
-        read = rows_of_step(loader, data.table, config.batching.batch_size, step)
-        return ", ".join(f"{data.rows[row].file}:{data.rows[row].row}" for row in read)
+        return describe_step(trainer, data.table, data.rows, config.batching.batch_size, step)
 
     callbacks = training_callbacks(config.validation, report, context.events, describe_rows)
     trainer = TokenWeightedTrainer(
-        model=model,
-        args=args,
+        model=start.model,
+        args=start.args,
         processing_class=data.tokenizer,
         train_dataset=data.table.dataset,
         held_out=data.held_out,
-        callbacks=[*callbacks, *adapter_callbacks(model, config.adapter)],
+        callbacks=[*callbacks, *adapter_callbacks(start.model, config.adapter)],
     )
     keep_outputs_precise(trainer)
     trainer.add_callback(ProbeMemory(trainer, data.table))
@@ -345,9 +318,3 @@ def save_weights(
     if writes:
         cast_weights(model, dtype)
         save_model(model, tokenizer, context.output, weights)
-
-
-def say(context: StageContext[Config], message: str) -> None:
-    """Report a phase, from one process."""
-    if context.rank == 0:
-        context.events.phase(message)

@@ -15,8 +15,9 @@ from posttrain.models import load_tokenizer
 from posttrain.recipe.online import OnlineConfig
 from posttrain.stages.program import StageContext, StageResult
 from posttrain.train.adapters import Trainable
+from posttrain.train.attempts import say
 from posttrain.train.history import History
-from posttrain.train.language_modeling import held_out_rows, say
+from posttrain.train.language_modeling import held_out_rows
 from posttrain.train.loss_page import LOSS_PAGE, write_loss_page
 from posttrain.train.prompts import Prompt, encode_prompts, write_prompt_account
 from posttrain.train.rewards import Reward, load_reward

@@ -22,26 +22,26 @@ from posttrain.models import load_causal_lm, load_tokenizer
 from posttrain.recipe.preferences import PreferenceConfig, ReferencedConfig
 from posttrain.recipe.training import TrainingConfig
 from posttrain.stages.program import StageContext, StageResult
-from posttrain.train.arguments import plan_schedule, training_arguments
-from posttrain.train.checkpoints import newest_complete, remove_incomplete
+from posttrain.train.arguments import plan_schedule
+from posttrain.train.attempts import begin, describe_step, say, train_as_fits, training_process
+from posttrain.train.checkpoints import newest_complete
 from posttrain.train.held_out import HELD_OUT_ROWS
 from posttrain.train.held_out_answers import HeldOutAnswers
 from posttrain.train.language_modeling import (
     held_out_rows,
     load_model,
     save_weights,
-    say,
     utilization,
 )
 from posttrain.train.loss_page import LOSS_PAGE, write_loss_page
 from posttrain.train.pairs import Answers, AnswerTable, read_pairs
 from posttrain.train.preference_report import preference_result, warn_of_answers
-from posttrain.train.processes import leave_process_group, prepare_libraries, world_size
+from posttrain.train.processes import world_size
 from posttrain.train.reference import with_reference, without_reference
 from posttrain.train.resources import Resources
-from posttrain.train.rows import ROW_ACCOUNT, count_passes, rows_of_step
+from posttrain.train.rows import ROW_ACCOUNT, count_passes
 from posttrain.train.run import run_to_end, write_training_record
-from posttrain.train.sharding import keep_outputs_precise, prepare_sharding
+from posttrain.train.sharding import keep_outputs_precise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,13 +142,8 @@ def train(method: Method[Config]) -> StageResult | None:
         ModelError: the model has no chat template, or a loss is not a number.
         RecipeError: `batching` or `extra_args` cannot work.
     """
-    sharding = method.context.config.launch.sharding
-    prepare_libraries(deepspeed=sharding is not None and not sharding.fsdp)
-    try:
-        prepare_sharding(sharding)
+    with training_process(method.context.config):
         return _train(method)
-    finally:
-        leave_process_group()
 
 
 def check_family(prepared: PreparedDataset, config: TrainingConfig) -> None:
@@ -196,16 +191,10 @@ def write_answer_account(
 
 
 def _train(method: Method[Config]) -> StageResult | None:
-    from posttrain.train.probe import within_memory
-
     context = method.context
     data = _read(method)
-    if context.rank == 0:
-        remove_incomplete(context.checkpoints)
-    resources = Resources.watch(context, data.table)
 
     def attempt(micro_batch_size: int) -> StageResult | None:
-        resources.micro_batch_size = micro_batch_size
         trainer, report = _make_trainer(method, data, micro_batch_size)
         say(context, "training")
         history = run_to_end(trainer, newest_complete(context.checkpoints))
@@ -214,8 +203,7 @@ def _train(method: Method[Config]) -> StageResult | None:
             return None
         return _leave_output(method, data, trainer, history, report)
 
-    result = within_memory(context, attempt)
-    return None if result is None else resources.leave(context.output, result)
+    return train_as_fits(context, Resources.watch(context, data.table), attempt)
 
 
 def _read(method: Method[Config]) -> AnswerData:
@@ -262,48 +250,34 @@ def _make_trainer(
     method: Method[Config], data: AnswerData, micro_batch_size: int
 ) -> tuple[AnswerTrainer, ReportProgress]:
     """A trainer that is ready to start, or to go on from the newest checkpoint."""
-    from posttrain.train.adapters import adapter_callbacks, check_trainable, count_trainable
+    from posttrain.train.adapters import adapter_callbacks
     from posttrain.train.callbacks import ReportProgress, training_callbacks
     from posttrain.train.probe import ProbeMemory
 
     context, config = method.context, method.context.config
     schedule = plan_schedule(config, len(data.table), world_size(), micro_batch_size)
-    # The arguments come before the model: they give each process its device.
-    args = training_arguments(
-        config,
-        schedule,
-        context.checkpoints,
-        resolve_dtype(config.dtype),
-        resumed=newest_complete(context.checkpoints) is not None,
-        # Rows have columns for TRL's collators, which no model knows.
-        method={"remove_unused_columns": False, **method.arguments(data.table)},
-    )
-    say(context, "loading the model")
-    model: PreTrainedModel = load_model(context, schedule.steps)
-    trainable = count_trainable(model)
-    check_trainable(trainable, adapter=config.adapter is not None)
-    say(context, f"ready: {trainable}")
+    # Rows have columns for TRL's collators, which no model knows.
+    fields = {"remove_unused_columns": False, **method.arguments(data.table)}
+    start = begin(context, schedule, fields, load_model)
     lengths = np.array([n for entry in data.table.dataset["seq_lengths"] for n in entry])
     report = ReportProgress(
         context.events,
         config.launch.log_every_steps,
-        utilization(context, lengths, trainable.count),
+        utilization(context, lengths, start.trainable.count),
     )
 
     def describe_rows(step: int) -> str:
-        loader = trainer.get_train_dataloader()
-        read = rows_of_step(loader, data.table, config.batching.batch_size, step)
-        return ", ".join(f"{data.rows[row].file}:{data.rows[row].row}" for row in read)
+        return describe_step(trainer, data.table, data.rows, config.batching.batch_size, step)
 
     callbacks = training_callbacks(config.validation, report, context.events, describe_rows)
     trainer = method.trainer(
         {
-            "model": model,
-            "args": args,
+            "model": start.model,
+            "args": start.args,
             "processing_class": data.tokenizer,
             "train_dataset": data.table.dataset,
             "held_out": data.held_out,
-            "callbacks": [*callbacks, *adapter_callbacks(model, config.adapter)],
+            "callbacks": [*callbacks, *adapter_callbacks(start.model, config.adapter)],
         }
     )
     keep_outputs_precise(trainer)

@@ -12,12 +12,13 @@ from posttrain.hardware import resolve_dtype
 from posttrain.models import load_tokenizer
 from posttrain.recipe.reward import RewardConfig
 from posttrain.stages.program import StageContext, StageResult
-from posttrain.train.arguments import plan_schedule, training_arguments
-from posttrain.train.checkpoints import newest_complete, remove_incomplete
+from posttrain.train.arguments import plan_schedule
+from posttrain.train.attempts import begin, describe_step, say, train_as_fits, training_process
+from posttrain.train.checkpoints import newest_complete
 from posttrain.train.held_out import HELD_OUT_ROWS
-from posttrain.train.language_modeling import save_weights, say, utilization
+from posttrain.train.language_modeling import save_weights, utilization
 from posttrain.train.loss_page import LOSS_PAGE, write_loss_page
-from posttrain.train.processes import leave_process_group, prepare_libraries, world_size
+from posttrain.train.processes import world_size
 from posttrain.train.resources import Resources, forget_peak, resident
 from posttrain.train.reward_data import RewardData, read_pairs, write_pair_account
 from posttrain.train.reward_model import RewardRecord
@@ -28,13 +29,12 @@ from posttrain.train.reward_report import (
     report_of,
     report_warnings,
 )
-from posttrain.train.rows import ROW_ACCOUNT, count_passes, rows_of_step
+from posttrain.train.rows import ROW_ACCOUNT, count_passes
 from posttrain.train.run import run_to_end, training_result, write_training_record
 from posttrain.train.sharding import (
     adapters_in_float32,
     keep_outputs_precise,
     loading_dtype,
-    prepare_sharding,
 )
 
 if TYPE_CHECKING:
@@ -75,32 +75,23 @@ def train(context: StageContext[RewardConfig]) -> StageResult | None:
             number.
         RecipeError: `batching` or `extra_args` cannot work.
     """
-    sharding = context.config.launch.sharding
-    prepare_libraries(deepspeed=sharding is not None and not sharding.fsdp)
-    try:
-        prepare_sharding(sharding)
+    with training_process(context.config):
         return _train(context)
-    finally:
-        leave_process_group()
 
 
 def _train(context: StageContext[RewardConfig]) -> StageResult | None:
-    from posttrain.train.probe import within_memory
     from posttrain.train.reward_head import choose_padding
 
     say(context, "tokenizing")
     tokenizer = load_tokenizer(context.input("model"))
     choose_padding(tokenizer)
     data = read_pairs(context, tokenizer)
-    if context.rank == 0:
-        remove_incomplete(context.checkpoints)
     forget_peak()
     # Without an estimate: that of `posttrain plan` is for rows that are laid end to end and for
     # logits over a vocabulary.
     resources = Resources(None, resident(), context.config.micro_batch_size)
 
     def attempt(micro_batch_size: int) -> StageResult | None:
-        resources.micro_batch_size = micro_batch_size
         trainer, report = _make_trainer(context, data, micro_batch_size)
         say(context, "training")
         history = run_to_end(trainer, newest_complete(context.checkpoints))
@@ -110,62 +101,47 @@ def _train(context: StageContext[RewardConfig]) -> StageResult | None:
         save_weights(context, trainer, tokenizer)
         return _leave_output(context, data, run) if context.rank == 0 else None
 
-    result = within_memory(context, attempt)
-    return None if result is None else resources.leave(context.output, result)
+    return train_as_fits(context, resources, attempt)
 
 
 def _make_trainer(
     context: StageContext[RewardConfig], data: RewardData, micro_batch_size: int
 ) -> tuple[PairwiseTrainer, ReportProgress]:
     """A trainer that is ready to start, or to go on from the newest checkpoint."""
-    from posttrain.train.adapters import adapter_callbacks, check_trainable, count_trainable
+    from posttrain.train.adapters import adapter_callbacks
     from posttrain.train.callbacks import ReportProgress, training_callbacks
     from posttrain.train.probe import ProbeMemory
     from posttrain.train.reward_trainer import PairwiseTrainer, sum_of_scores
 
     config = context.config
     schedule = plan_schedule(config, len(data.table), world_size(), micro_batch_size)
-    # The arguments come before the model: they give each process its device.
-    args = training_arguments(
-        config,
-        schedule,
-        context.checkpoints,
-        resolve_dtype(config.dtype),
-        resumed=newest_complete(context.checkpoints) is not None,
-        method={
-            # Pairs come tokenized and in their final length; longer ones TRL would leave out.
-            "max_length": None,
-            "center_rewards_coefficient": config.center or None,
-            # TRL would switch off the adapter's dropout as well, which the recipe asks for.
-            "disable_dropout": config.extra_args.get("disable_dropout", False),
-        },
-    )
-    say(context, "loading the model")
-    model = _load_model(context, schedule.steps)
-    trainable = count_trainable(model)
-    check_trainable(trainable, adapter=config.adapter is not None)
-    say(context, f"ready: {trainable}")
+    method: dict[str, object] = {
+        # Pairs come tokenized and in their final length; longer ones TRL would leave out.
+        "max_length": None,
+        "center_rewards_coefficient": config.center or None,
+        # TRL would switch off the adapter's dropout as well, which the recipe asks for.
+        "disable_dropout": config.extra_args.get("disable_dropout", False),
+    }
+    start = begin(context, schedule, method, _load_model)
     report = ReportProgress(
         context.events,
         config.launch.log_every_steps,
-        utilization(context, data.widths, trainable.count),
+        utilization(context, data.widths, start.trainable.count),
     )
 
     def describe_rows(step: int) -> str:
-        loader = trainer.get_train_dataloader()
-        read = rows_of_step(loader, data.table, config.batching.batch_size, step)
-        return ", ".join(f"{data.rows[row].file}:{data.rows[row].row}" for row in read)
+        return describe_step(trainer, data.table, data.rows, config.batching.batch_size, step)
 
     callbacks = training_callbacks(
         config.validation, report, context.events, describe_rows, next_token_loss=False
     )
     trainer = PairwiseTrainer(
-        model=model,
-        args=args,
+        model=start.model,
+        args=start.args,
         processing_class=data.tokenizer,
         train_dataset=data.table.dataset,
         held_out=data.held_out,
-        callbacks=[*callbacks, *adapter_callbacks(model, config.adapter)],
+        callbacks=[*callbacks, *adapter_callbacks(start.model, config.adapter)],
     )
     keep_outputs_precise(trainer)
     # Pairs are padded to the longest sequence of a pass.
