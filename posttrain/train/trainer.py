@@ -58,6 +58,13 @@ class TokenWeightedTrainer(StageTrainer, SFTTrainer):  # type: ignore[misc]  # t
         none = np.empty(0)
         return EvalLoopOutput(none, none, losses, num_samples=self.num_examples(dataloader))
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Leave out what TRL logs beside the loss: the plain head does not compute it."""
+        for measured in self._metrics.values():
+            measured.pop("entropy", None)
+            measured.pop("mean_token_accuracy", None)
+        super().log(logs, start_time)
+
     def count_tokens(self, batch: dict[str, Any]) -> tuple[int, int]:
         """Tokens that are no padding, and those that some position is trained to predict."""
         return _tokens(batch), _predicted(batch["labels"])
