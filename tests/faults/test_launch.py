@@ -307,7 +307,8 @@ def test_the_lock_is_held_until_a_killed_flows_program_is_gone(stage_dir: Path) 
 
 def test_a_forked_child_of_a_killed_flow_does_not_keep_the_program_alive(stage_dir: Path) -> None:
     with flow(stage_dir, "write_checkpoint_on_term", "--with-forked-child") as process:
-        wait_until((stage_dir / "forked").exists)
+        forked = stage_dir / "forked"
+        wait_until(lambda: forked.exists() and forked.read_text() != "")
         child = psutil.Process(int((stage_dir / "forked").read_text()))
         try:
             process.kill()
