@@ -9,11 +9,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from posttrain.evaluate.shares import wilson
+
 Votes = Mapping[str, Mapping[str, str]]
 """What each rater said of each item: rater -> item -> category. Items not rated are not there."""
-
-CONFIDENCE = 0.95
-"""Of all intervals here."""
 
 
 class _Frozen(BaseModel):
@@ -60,15 +59,13 @@ class PairAgreement(_Frozen):
 def share(count: int, of: int) -> Share | None:
     """A share with its 95% interval; None of nothing.
 
-    The interval is Wilson's score interval (Wilson, 1927, JASA 22(158)): it stays within [0, 1],
+    The interval is Wilson's score interval: it stays within [0, 1],
     and says something of shares of 0 and 1 too.
     """
     if of == 0:
         return None
-    from scipy.stats import binomtest
-
-    interval = binomtest(count, of).proportion_ci(CONFIDENCE, method="wilson")
-    return Share(count=count, of=of, low=float(interval.low), high=float(interval.high))
+    found = wilson(count, of)
+    return Share(count=count, of=of, low=found.low, high=found.high)
 
 
 def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> Kappa | None:

@@ -8,10 +8,10 @@ from pydantic import Field, model_validator
 
 from posttrain.recipe.adapters import BottleneckConfig
 from posttrain.recipe.base import ArtifactKind, RowFamily
-from posttrain.recipe.training import TrainingConfig
+from posttrain.recipe.preferences import PreferenceConfig
 
 
-class RewardConfig(TrainingConfig):
+class RewardConfig(PreferenceConfig):
     """Learns to score the chosen answer of a pair above the rejected one (Bradley-Terry).
 
     Leaves a reward model; the model that the next stage starts from stays the one before it.
@@ -19,7 +19,7 @@ class RewardConfig(TrainingConfig):
     """
 
     produces: ClassVar[ArtifactKind] = "reward"
-    accounts: ClassVar[frozenset[str]] = TrainingConfig.accounts | {"reward.html"}
+    accounts: ClassVar[frozenset[str]] = PreferenceConfig.accounts | {"reward.html"}
     family: ClassVar[RowFamily] = "preferences"
     peak_learning_rate: ClassVar[float] = 1e-5
     trl_config: ClassVar[str | None] = "RewardConfig"
@@ -41,14 +41,5 @@ class RewardConfig(TrainingConfig):
             raise ValueError(
                 f"an adapter of type `{adapter.type}` cannot hold the head that scores: write "
                 "`lora`, `adalora`, `ia3` or `vera`, or `adapter: null` to train all weights"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _pairs_are_not_packed(self) -> Self:
-        if self.batching.packing:
-            raise ValueError(
-                "`packing` lays rows end to end, and a pair is two sequences that are scored at "
-                "their ends: write `batching: {packing: false}`"
             )
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from posttrain.evaluate.shares import wilson
 from posttrain.stages.program import StageResult
 from posttrain.train.adapters import Trainable
 from posttrain.train.held_out_answers import HeldOutAnswers, Scores
@@ -13,8 +14,6 @@ from posttrain.train.run import training_result
 _FALL = 0.25
 """Nats a token by which chosen answers may become less likely before it is said: then each of their
 tokens is, in the geometric mean, less than 0.78 times as likely as before."""
-
-_CONFIDENCE = 0.95
 
 
 def preference_result(
@@ -53,17 +52,15 @@ def warn_of_answers(history: History, held_out: HeldOutAnswers, scores: Scores) 
 
 def _accuracy(scores: Scores, metrics: dict[str, float]) -> str:
     """Share of held-out pairs whose chosen answer has the larger reward, with Wilson's interval."""
-    from scipy.stats import binomtest
-
     right = int(np.sum(scores["chosen_reward"] > scores["rejected_reward"]))
     pairs = len(scores["chosen_reward"])
-    interval = binomtest(right, pairs).proportion_ci(_CONFIDENCE, method="wilson")
+    share = wilson(right, pairs)
     metrics |= {
         "held_out_accuracy": right / pairs,
-        "held_out_accuracy_low": float(interval.low),
-        "held_out_accuracy_high": float(interval.high),
+        "held_out_accuracy_low": share.low,
+        "held_out_accuracy_high": share.high,
     }
-    return f"{right / pairs:.0%} of {pairs} pairs right ({interval.low:.0%} to {interval.high:.0%})"
+    return f"{right / pairs:.0%} of {pairs} pairs right ({share.low:.0%} to {share.high:.0%})"
 
 
 def _fallen(history: History, held_out: HeldOutAnswers) -> list[str]:

@@ -12,13 +12,13 @@ Importing this module imports nothing heavy.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from posttrain.evaluate.shares import Share, wilson
 from posttrain.train.reward_data import HeldOutPairs, correct, negative_log_likelihood
 
 WEAK = 0.6
@@ -26,9 +26,6 @@ WEAK = 0.6
 
 _BINS = 10
 """Calibration bins of equal width between a confidence of one half and 1."""
-
-_Z = 1.959963984540054
-"""95% of a normal distribution lies within so many standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +85,6 @@ class HeldOutScores:
 
 
 @dataclass(frozen=True)
-class Share:
-    """A share of cases with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class CalibrationBin:
     """Pairs about which the model is about as sure."""
 
@@ -149,20 +137,6 @@ def report_of(scores: HeldOutScores) -> RewardReport:
         calibration=bins,
         length=length_bias(scores),
     )
-
-
-def wilson(successes: float, cases: int) -> Share:
-    """A share with its 95% score interval (Wilson, 1927, doi:10.1080/01621459.1927.10502953).
-
-    Args:
-        successes: A tie counts half.
-        cases: At least 1.
-    """
-    share, z2 = successes / cases, _Z**2
-    middle = (share + z2 / (2 * cases)) / (1 + z2 / cases)
-    spread = share * (1 - share) / cases + z2 / (4 * cases**2)
-    half = _Z * math.sqrt(spread) / (1 + z2 / cases)
-    return Share(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def calibration(margins: np.ndarray) -> tuple[CalibrationBin, ...]:
