@@ -66,7 +66,7 @@ class Layout:
         kind: ArtifactKind | None = None,
         suffix: str = "",
     ) -> Output:
-        wanted = config.name or name
+        wanted = config.step_name or name
         if suffix:
             wanted = f"{wanted}-{suffix}"
         taken = {step.name for step in self.steps}

@@ -34,6 +34,14 @@ class Item:
     """All scores of the item."""
     log_likelihoods: tuple[float, ...]
     """Of each answer, in nats; empty for generated answers."""
+    question: str = ""
+    """What was asked, without examples and chat template."""
+    choices: tuple[str, ...] = ()
+    """The answers to choose from; empty for generated answers."""
+    target: str = ""
+    """The right answer, or the reference."""
+    answer: str = ""
+    """The model's: the choice that its metric counts, or what it wrote."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,10 @@ class PerplexityRow:
     """Summed negative log-likelihood of the scored tokens."""
     tokens: int
     bytes: int
+    dataset: str = ""
+    """Name of the dataset that it is held out of."""
+    group: str = ""
+    """Task, or dataset of a mix, that it belongs to; empty where there is only one."""
 
 
 def write_items(folder: Path, items: Sequence[Item]) -> None:
@@ -64,6 +76,10 @@ def write_items(folder: Path, items: Sequence[Item]) -> None:
             "log_likelihoods": pa.array(
                 [json.dumps(item.log_likelihoods) for item in items], pa.string()
             ),
+            "question": pa.array([item.question for item in items], pa.string()),
+            "choices": pa.array([list(item.choices) for item in items], pa.list_(pa.string())),
+            "target": pa.array([item.target for item in items], pa.string()),
+            "answer": pa.array([item.answer for item in items], pa.string()),
         }
     )
     pq.write_table(table, folder / "items.parquet")
@@ -81,6 +97,7 @@ def read_items(folder: Path) -> list[Item]:
                 **row,
                 "metrics": json.loads(row["metrics"]),
                 "log_likelihoods": tuple(json.loads(row["log_likelihoods"])),
+                "choices": tuple(row.get("choices") or ()),
             }
         )
         for row in _rows(folder / "items.parquet")
@@ -98,6 +115,8 @@ def write_perplexity(folder: Path, rows: Sequence[PerplexityRow]) -> None:
             "nats": pa.array([row.nats for row in rows], pa.float64()),
             "tokens": pa.array([row.tokens for row in rows], pa.int64()),
             "bytes": pa.array([row.bytes for row in rows], pa.int64()),
+            "dataset": pa.array([row.dataset for row in rows], pa.string()),
+            "group": pa.array([row.group for row in rows], pa.string()),
         }
     )
     pq.write_table(table, folder / "perplexity.parquet")

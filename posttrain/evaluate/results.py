@@ -25,6 +25,10 @@ class _Record(BaseModel):
 Record = TypeVar("Record", bound=_Record)
 
 
+def _empty(value: object) -> bool:
+    return not value
+
+
 class TaskResult(_Record):
     """One benchmark, as it was asked for: a task, or a group over its subtasks."""
 
@@ -57,6 +61,8 @@ class PerplexityResult(_Record):
     """Scored tokens: answers only for chats, everything for documents."""
     bytes: int
     """UTF-8 bytes that these tokens spell."""
+    groups: Annotated[dict[str, PerplexityResult], Field(exclude_if=_empty)] = {}
+    """By task, or by dataset of a mix, where there are several."""
 
 
 class TaskSettings(_Record):
@@ -84,6 +90,10 @@ class Settings(_Record):
     """Most held-out rows that were scored."""
     perplexity_max_length: int
     """Longest scored row, in tokens."""
+    backend: str = "hf"
+    """Who answered lm-eval."""
+    test_sets: tuple[dict[str, Any], ...] = ()
+    """As in the recipe, with the digests of their rows."""
 
     @property
     def digest(self) -> str:
@@ -104,9 +114,12 @@ class EvaluationResults(_Record):
 
     tasks: tuple[TaskResult, ...]
     perplexity: PerplexityResult | None
+    """On the dataset last trained on, or the one named."""
     settings: Settings
     settings_digest: str
     """Two evaluations are compared only where this is equal."""
+    other_perplexities: Annotated[dict[str, PerplexityResult], Field(exclude_if=_empty)] = {}
+    """On further datasets, by name."""
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -120,6 +133,49 @@ class EvaluationResults(_Record):
     def save(self, folder: Path) -> None:
         """Write `results.json`."""
         write_json(folder / "results.json", self.model_dump(mode="json"))
+
+
+class WinRate(_Record):
+    """Content of `comparison.json`: how often a model's answers were preferred to another's."""
+
+    candidate: str
+    """Whose answers are judged: a stage's name."""
+    opponent: str
+    """Whose answers they are compared with: a stage's name, or `base`."""
+    judge: str
+    """Who compared: such as `people (2)`, `model NAME`, `endpoint MODEL`; empty where nobody has
+    yet, and only sheets were written."""
+    scores: tuple[float, ...]
+    """By prompt: 1 where the candidate's answer is preferred, 0 where the opponent's is, 0.5 for a
+    tie or where the judge changed its mind with the order; means over raters."""
+    win_rate: float | None
+    """Mean of `scores`; None without any."""
+    low: float | None
+    """95% interval."""
+    high: float | None
+    first_preferred: float | None
+    """Share of decided votes for the answer shown first; 0.5 is unbiased."""
+    consistent: float | None
+    """Share of prompts on which the judge kept its mind with the order changed; None for people."""
+    agreement: float | None
+    """Cohen's kappa of the raters; None for one rater."""
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read a comparison's folder.
+
+        Raises:
+            DataError: the folder holds no comparison that this version can read.
+        """
+        return _load(cls, folder / "comparison.json")
+
+    def save(self, folder: Path) -> None:
+        """Write `comparison.json`."""
+        write_json(folder / "comparison.json", self.model_dump(mode="json"))
+
+
+Requirement = Literal["must_not_drop", "must_improve"]
 
 
 class Check(_Record):
@@ -146,6 +202,9 @@ class Check(_Record):
     verdict: Outcome
     sentence: str
     """The check in words."""
+    requirement: Requirement = "must_not_drop"
+    max_drop: float = 0.02
+    """The drop that had to be ruled out; with `must_improve` 0."""
 
 
 class PerplexityCheck(_Record):
@@ -164,6 +223,42 @@ class PerplexityCheck(_Record):
     p_worse: float
     verdict: Outcome
     sentence: str
+    dataset: str = ""
+    """Name of the dataset; empty for the one that the evaluation is about."""
+    unit: Literal["token", "byte"] = "token"
+    """What `difference` is by: `byte` where the two models' tokenizers differ."""
+
+
+class WinRateCheck(_Record):
+    """The share of prompts on which the candidate's answers were preferred."""
+
+    judge: str
+    opponent: str
+    prompts: int
+    win_rate: float | None
+    low: float | None
+    """One-sided lower bound, at the verdict's confidence."""
+    high: float | None
+    required: float
+    """To be exceeded."""
+    prompts_needed: int | None
+    """Prompts that would probably settle an open check."""
+    verdict: Outcome
+    sentence: str
+
+
+class Versus(_Record):
+    """Candidate against the present champion: the same checks as against the base."""
+
+    opponent: str
+    """Such as `champion python-assistant v3`."""
+    verdict: Outcome
+    reasons: tuple[str, ...]
+    checks: tuple[Check, ...]
+    perplexities: tuple[PerplexityCheck, ...]
+    """On the dataset trained on first, then on the others."""
+    improvement: str = ""
+    """With `against_champion: must_improve`, what the mean over all tasks shows, in words."""
 
 
 class Change(_Record):
@@ -224,10 +319,6 @@ class Hacking(_Record):
         write_json(folder / "watch.json", _sorted(self.model_dump(mode="json")))
 
 
-def _empty(value: object) -> bool:
-    return not value
-
-
 class Watched(_Record):
     """What the watch of one stage found."""
 
@@ -275,6 +366,10 @@ class Verdict(_Record):
     """Of several candidates: what is said of each, by its name."""
     comparisons: Annotated[tuple[Comparison, ...], Field(exclude_if=_empty)] = ()
     """Of several candidates: the best one that passes against the others."""
+    other_perplexities: Annotated[tuple[PerplexityCheck, ...], Field(exclude_if=_empty)] = ()
+    """On further datasets."""
+    win_rate: Annotated[WinRateCheck | None, Field(exclude_if=_empty)] = None
+    champion: Annotated[Versus | None, Field(exclude_if=_empty)] = None
 
     @classmethod
     def load(cls, folder: Path) -> Self:

@@ -11,6 +11,7 @@ from posttrain.recipe.dpo import DpoConfig
 from posttrain.recipe.evaluate import EvaluateConfig
 from posttrain.recipe.gate import GateConfig
 from posttrain.recipe.grpo import GrpoConfig
+from posttrain.recipe.judge import JudgeConfig
 from posttrain.recipe.kto import KtoConfig
 from posttrain.recipe.merge import MergeConfig
 from posttrain.recipe.mix import MixConfig
@@ -22,9 +23,11 @@ from posttrain.recipe.prepare import PrepareConfig
 from posttrain.recipe.pretrain import PretrainConfig
 from posttrain.recipe.recipe import STAGES, Recipe
 from posttrain.recipe.reference import ReferenceConfig
+from posttrain.recipe.register import RegisterConfig
 from posttrain.recipe.reward import RewardConfig
 from posttrain.recipe.rloo import RlooConfig
 from posttrain.recipe.sft import SftConfig
+from posttrain.recipe.test_sets import TestSet
 from posttrain.recipe.training import TrainingConfig
 
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
     "EvaluateConfig",
     "GateConfig",
     "GrpoConfig",
+    "JudgeConfig",
     "KtoConfig",
     "MergeConfig",
     "MixConfig",
@@ -47,6 +51,7 @@ __all__ = [
     "PretrainConfig",
     "Recipe",
     "ReferenceConfig",
+    "RegisterConfig",
     "RewardConfig",
     "RewardTerm",
     "RlooConfig",
@@ -54,6 +59,7 @@ __all__ = [
     "RowFormat",
     "SftConfig",
     "StageConfig",
+    "TestSet",
     "TrainingConfig",
     "result_config",
 ]

@@ -6,9 +6,20 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-ArtifactKind = Literal["dataset", "model", "adapter", "reward", "evaluation", "verdict", "report"]
+ArtifactKind = Literal[
+    "dataset",
+    "model",
+    "adapter",
+    "reward",
+    "evaluation",
+    "comparison",
+    "verdict",
+    "registration",
+    "report",
+]
 """What a stage leaves in the store. `model` is complete weights, `adapter` needs its base, `reward`
-scores answers: complete weights, or an adapter that needs its base."""
+scores answers: complete weights, or an adapter that needs its base. `comparison` says which of two
+models' answers are preferred, `registration` where a model was entered."""
 
 RowFormat = Literal[
     "text", "prompt_completion", "alpaca", "messages", "sharegpt", "preference", "kto"
@@ -48,6 +59,11 @@ class StageConfig(Strict):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] | None = unhashed(
         None, "Name of this stage in the recipe, needed only where a stage kind occurs twice."
     )
+
+    @property
+    def step_name(self) -> str | None:
+        """What the recipe calls this stage; None for the name of its kind."""
+        return self.name
 
 
 def result_config(model: BaseModel) -> dict[str, Any]:

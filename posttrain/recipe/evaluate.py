@@ -7,6 +7,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from posttrain.recipe.base import ArtifactKind, DType, StageConfig, Strict, unhashed
+from posttrain.recipe.test_sets import TestSet
+
+OTHER = "dataset:"
+"""Begins the inputs that hold a further prepared dataset; then comes its name."""
 
 
 class Samples(Strict):
@@ -22,6 +26,7 @@ class EvaluateConfig(StageConfig):
     """Measures the current model, and the base on the same items, with the same settings."""
 
     produces: ClassVar[ArtifactKind] = "evaluation"
+    code_version: ClassVar[int] = 2
 
     stage: Literal["evaluate"] = "evaluate"
     model: str | None = None
@@ -34,6 +39,11 @@ class EvaluateConfig(StageConfig):
     dataset: str | None = None
     """Dataset whose held-out rows give perplexity and sample prompts. Default: the one last
     trained on."""
+    other_datasets: tuple[str, ...] = ()
+    """Further datasets whose held-out rows give a perplexity each, such as general text that must
+    not be forgotten."""
+    test_sets: tuple[TestSet, ...] = ()
+    """Prompts of your own with reference answers, and what is measured of the model's answers."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Items a task (a subject, for groups such as MMLU), drawn with a fixed seed. Default: all."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
@@ -46,6 +56,10 @@ class EvaluateConfig(StageConfig):
     """Answers to look at."""
     dtype: DType = "auto"
     """Precision of the weights while evaluating."""
+    backend: Literal["shared_prefixes", "hf", "vllm"] = "shared_prefixes"
+    """Who answers lm-eval. `shared_prefixes`: reads the part that several questions share once,
+    with the same log-likelihoods. `hf`: lm-eval's own, for models without a standard cache. `vllm`:
+    lm-eval's, on GPUs, where vLLM is installed."""
     batch_size: Annotated[int, Field(ge=1)] = unhashed(16, "Sequences a forward pass.")
     offline_root: str | None = unhashed(
         None,

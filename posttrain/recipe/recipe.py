@@ -13,6 +13,7 @@ from posttrain.recipe.dpo import DpoConfig
 from posttrain.recipe.evaluate import EvaluateConfig
 from posttrain.recipe.gate import GateConfig
 from posttrain.recipe.grpo import GrpoConfig
+from posttrain.recipe.judge import JudgeConfig
 from posttrain.recipe.kto import KtoConfig
 from posttrain.recipe.merge import MergeConfig
 from posttrain.recipe.mix import MixConfig
@@ -20,6 +21,7 @@ from posttrain.recipe.orpo import OrpoConfig
 from posttrain.recipe.ppo import PpoConfig
 from posttrain.recipe.prepare import PrepareConfig
 from posttrain.recipe.pretrain import PretrainConfig
+from posttrain.recipe.register import RegisterConfig
 from posttrain.recipe.reward import RewardConfig
 from posttrain.recipe.rloo import RlooConfig
 from posttrain.recipe.sft import SftConfig
@@ -38,7 +40,9 @@ STAGES: dict[str, type[StageConfig]] = {
     "kto": KtoConfig,
     "merge": MergeConfig,
     "evaluate": EvaluateConfig,
+    "judge": JudgeConfig,
     "gate": GateConfig,
+    "register": RegisterConfig,
 }
 """Stage kinds that a recipe may name, in the order in which they usually stand."""
 
@@ -82,7 +86,9 @@ AnyStage = Annotated[
         | KtoConfig
         | MergeConfig
         | EvaluateConfig
-        | GateConfig,
+        | JudgeConfig
+        | GateConfig
+        | RegisterConfig,
         Field(discriminator="stage"),
     ],
     BeforeValidator(_tag_stage),

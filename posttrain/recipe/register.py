@@ -1,0 +1,32 @@
+"""`register`: the model that passed enters MLflow's Model Registry, with all that is known of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from posttrain.recipe.base import ArtifactKind, StageConfig
+
+VERDICT = "verdict"
+"""Name of the input with the last gate's verdict."""
+
+
+class RegisterConfig(StageConfig):
+    """Makes the current model a version of a registered model. A gate before it must have passed."""
+
+    produces: ClassVar[ArtifactKind] = "registration"
+
+    stage: Literal["register"] = "register"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # type: ignore[assignment]
+    """Name of the registered model."""
+    model: str | None = None
+    """Name of an earlier stage whose model is registered. Default: what the gate chose, or the
+    stage before."""
+    alias: Literal["challenger", "champion"] = "challenger"
+    """`challenger`: a person promotes it later. `champion`: it takes the champion's place at once."""
+
+    @property
+    def step_name(self) -> None:
+        """`name` is the registered model's; the stage goes by its kind."""
+        return None
