@@ -139,7 +139,7 @@ def _work(
 ) -> Outcome:
     begin = time.monotonic()
     work = store.work_folder(step.fingerprint)
-    write_json(work / "stage.json", step.job(log_level).model_dump(mode="json"))
+    write_json(work / "stage.json", step.job(log_level, store.cache).model_dump(mode="json"))
     observer.started(step)
     launch = _launch_of(step)
     try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from posttrain.building import build_pipeline
 from posttrain.data.formats import FAMILIES
 from posttrain.errors import (
     DataError,
     ModelError,
+    PosttrainError,
     Problem,
     RecipeError,
     StoreError,
@@ -17,15 +19,18 @@ from posttrain.errors import (
 )
 from posttrain.evaluate.python_docs_task import TASKS
 from posttrain.finding import find_start
+from posttrain.home import Home
 from posttrain.model_reference import ARTIFACT, ModelReference, resolve_model
 from posttrain.models import has_chat_template
 from posttrain.pipeline import Pipeline, Rows
 from posttrain.recipe import (
     EvaluateConfig,
+    GateConfig,
     MixConfig,
     PrepareConfig,
     PretrainConfig,
     Recipe,
+    RegisterConfig,
     RowFamily,
     StageConfig,
     TrainingConfig,
@@ -33,6 +38,9 @@ from posttrain.recipe import (
 from posttrain.recipe.load import load_recipe
 from posttrain.store import Artifact, Store
 from posttrain.train.sharding import config_problems
+
+if TYPE_CHECKING:
+    from posttrain.registry import Champion
 
 
 def open_pipeline(file: Path, overrides: Sequence[str], store: Store) -> Pipeline:
@@ -47,8 +55,9 @@ def open_pipeline(file: Path, overrides: Sequence[str], store: Store) -> Pipelin
     rows = _open_datasets(recipe, store, problems)
     problems += _benchmark_problems(recipe)
     problems += _sharding_problems(recipe)
+    champions = _champions(recipe, problems)
     try:
-        pipeline = build_pipeline(recipe, model, rows, store.digests, str(file))
+        pipeline = build_pipeline(recipe, model, rows, store.digests, str(file), champions)
     except RecipeError as error:
         problems += error.problems
     if problems:
@@ -70,6 +79,27 @@ def _open_model(recipe: Recipe, store: Store, problems: list[Problem]) -> ModelR
         fix = "start from an instruction-tuned model, or add a chat_template.jinja to the folder"
         problems.append(Problem("model", message, fix))
     return model
+
+
+def _champions(recipe: Recipe, problems: list[Problem]) -> dict[str, Champion]:
+    """The present champions of the registered models that the gates look at."""
+    gates = [stage for stage in recipe.stages if isinstance(stage, GateConfig)]
+    registers = [stage.name for stage in recipe.stages if isinstance(stage, RegisterConfig)]
+    names = dict.fromkeys([*(gate.champion for gate in gates if gate.champion), *registers])
+    if not names or all(gate.against_champion == "ignore" for gate in gates):
+        return {}
+    from posttrain.registry import find_champion
+
+    champions: dict[str, Champion] = {}
+    for name in names:
+        try:
+            champion = find_champion(name, Home.find())
+        except PosttrainError as error:
+            problems.append(Problem("gate.champion", str(error)))
+            continue
+        if champion is not None:
+            champions[name] = champion
+    return champions
 
 
 def _writes_chats(stage: StageConfig) -> bool:

@@ -102,7 +102,7 @@ class BoundStep:
     bases: dict[str, Artifact | ModelReference]
     """For each input that is an adapter: the model it was trained on."""
 
-    def job(self, log_level: str) -> StageJob:
+    def job(self, log_level: str, cache: Path | None = None) -> StageJob:
         """What the stage's program is told; fetches models from the Hub where needed."""
         inputs = {name: self._stage_input(name) for name in self.inputs}
         return StageJob(
@@ -111,6 +111,7 @@ class BoundStep:
             config=self.step.config.model_dump(mode="json"),
             inputs=inputs,
             log_level=log_level,
+            cache=str(cache) if cache else None,
         )
 
     def _stage_input(self, name: str) -> StageInput:

@@ -6,6 +6,7 @@ from tasks.dpo import dpo
 from tasks.evaluate import evaluate
 from tasks.gate import gate
 from tasks.grpo import grpo
+from tasks.judge import judge
 from tasks.kto import kto
 from tasks.merge import merge
 from tasks.mix import mix
@@ -15,6 +16,7 @@ from tasks.preflight import preflight
 from tasks.prepare import prepare
 from tasks.pretrain import pretrain
 from tasks.reference import reference
+from tasks.register import register
 from tasks.reward import reward
 from tasks.rloo import rloo
 from tasks.sft import sft
@@ -39,7 +41,9 @@ STAGE_TASKS = {
         kto,
         merge,
         evaluate,
+        judge,
         gate,
+        register,
     )
 }
 """The task of each kind of stage."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from posttrain.building.judging import JudgingSteps
 from posttrain.building.training import TrainingSteps
@@ -12,15 +13,20 @@ from posttrain.pipeline import Pipeline, Rows, Step
 from posttrain.recipe import (
     EvaluateConfig,
     GateConfig,
+    JudgeConfig,
     MergeConfig,
     MixConfig,
     PrepareConfig,
     Recipe,
+    RegisterConfig,
     StageConfig,
     TrainingConfig,
 )
 from posttrain.store import Artifact
 from posttrain.store.digests import DigestCache
+
+if TYPE_CHECKING:
+    from posttrain.registry import Champion
 
 
 def build_pipeline(
@@ -29,6 +35,7 @@ def build_pipeline(
     rows: Mapping[str, Rows],
     digests: DigestCache,
     file: str | None = None,
+    champions: Mapping[str, Champion] | None = None,
 ) -> Pipeline:
     """Lay out the steps of a recipe.
 
@@ -38,11 +45,12 @@ def build_pipeline(
         rows: its datasets, with digests, by name.
         digests: remembers digests of the files that benchmarks are read from.
         file: the recipe's file, for messages.
+        champions: the models that candidates have to stand beside, by their registered names.
 
     Raises:
         RecipeError: stages that cannot follow each other, each with what to write instead.
     """
-    builder = _Builder(recipe, rows, model, digests)
+    builder = _Builder(recipe, rows, model, digests, champions=champions or {})
     builder.add_checks()
     for position, config in enumerate(recipe.stages):
         builder.add_stage(position, config)
@@ -88,5 +96,9 @@ class _Builder(TrainingSteps, JudgingSteps):
                 self._add_merge(where, config)
             case EvaluateConfig():
                 self._add_evaluate(where, config)
+            case JudgeConfig():
+                self._add_judge(where, config)
             case GateConfig():
                 self._add_gate(where, config)
+            case RegisterConfig():
+                self._add_register(where, config)

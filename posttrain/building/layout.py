@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from posttrain.errors import Problem
 from posttrain.model_reference import ModelReference
@@ -16,6 +17,9 @@ from posttrain.recipe import (
 )
 from posttrain.recipe.base import ArtifactKind
 from posttrain.store.digests import DigestCache
+
+if TYPE_CHECKING:
+    from posttrain.registry import Champion
 
 BASE = "base"
 """What a stage writes as `model` to start from the recipe's own model."""
@@ -49,8 +53,14 @@ class Layout:
     """Steps that leave a reward model, by name."""
     trained_on: dict[str, str] = field(default_factory=dict)
     """Dataset name by model-making step."""
+    champions: Mapping[str, Champion] = field(default_factory=dict)
+    """Present champions by the names of their registered models."""
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     """By the name of the candidate's step."""
+    comparisons: dict[str, Input] = field(default_factory=dict)
+    """Whose answers a judge compares with another model's, by the judge's step."""
+    verdicts: dict[str, list[Evaluation]] = field(default_factory=dict)
+    """What a gate decides on, by the gate's step."""
 
     def __post_init__(self) -> None:
         if isinstance(self.base, ModelReference) and self.base.kind == "gguf":
@@ -77,6 +87,12 @@ class Layout:
         step = Step(unique, config, dict(inputs), kind or config.produces)
         self.steps.append(step)
         return step.output
+
+    def _step(self, output: Output) -> Step:
+        return next(step for step in self.steps if step.name == output.step)
+
+    def _step_output(self, name: str) -> Output:
+        return next(step.output for step in self.steps if step.name == name)
 
     def _dataset(self, where: str, name: str) -> Rows | None:
         if name not in self.rows:

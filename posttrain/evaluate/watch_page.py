@@ -15,6 +15,7 @@ import numpy as np
 from markupsafe import Markup
 from scipy import stats
 
+from posttrain.charts import Frame, dot, join_points, polyline, round_marks, step_marks
 from posttrain.data.rows import Messages
 from posttrain.evaluate import answers as form
 from posttrain.evaluate.looks import Look
@@ -23,8 +24,7 @@ from posttrain.store.files import write_bytes
 
 WATCH_PAGE = "watch.html"
 
-_WIDTH, _HEIGHT = 430, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 30
+_FRAME = Frame(width=430, height=210, left=58, right=12, top=12, bottom=30, numbers_below=10)
 _MOST_ANSWERS = 12
 _LONGEST_TEXT = 1_200
 """Characters of a prompt or an answer that are shown; the whole is in answers.parquet."""
@@ -224,73 +224,29 @@ def _curve(
 def _figure(curve: _Curve, kept: int) -> Markup:
     lows = [max(mean - half, curve.lowest) for _, mean, half in curve.points]
     highs = [mean + half for _, mean, half in curve.points]
-    marks = _marks(min(lows), max(highs))
+    marks = round_marks(min(lows), max(highs), most=4)
     last = max(step for step, _, _ in curve.points)
-
-    def x(step: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * step / max(last, 1)
-
-    def y(value: float) -> float:
-        share = (marks[-1] - value) / (marks[-1] - marks[0])
-        return _TOP + (_HEIGHT - _TOP - _BOTTOM) * share
-
-    rules = [
-        Markup(
-            '<line class="rule" x1="{0}" x2="{1}" y1="{2:.1f}" y2="{2:.1f}"/>'
-            '<text x="{3}" y="{4:.1f}" text-anchor="end">{5:g}</text>'
-        ).format(_LEFT, _WIDTH - _RIGHT, y(mark), _LEFT - 8, y(mark) + 4, mark)
-        for mark in marks
-    ]
-    ticks = [
-        Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-            x(step), _HEIGHT - 10, step
-        )
-        for step in sorted({round(last * part / 4) for part in range(5)})
-    ]
-    up = [f"{x(step):.1f},{y(mean + half):.1f}" for step, mean, half in curve.points]
-    down = [
-        f"{x(step):.1f},{y(low):.1f}" for (step, _, _), low in zip(curve.points, lows, strict=True)
-    ]
-    line = [f"{x(step):.1f},{y(mean):.1f}" for step, mean, _ in curve.points]
+    x, y = _FRAME.across(0, max(last, 1)), _FRAME.up(marks[0], marks[-1])
+    steps = [x(step) for step, _, _ in curve.points]
+    up = list(zip(steps, map(y, highs), strict=True))
+    down = list(zip(steps, map(y, lows), strict=True))
     shapes = [
-        Markup('<polygon class="band" points="{}"/>').format(" ".join([*up, *reversed(down)])),
-        Markup('<polyline class="line" points="{}"/>').format(" ".join(line)),
+        Markup('<polygon class="band" points="{}"/>').format(join_points([*up, *reversed(down)])),
+        polyline("line", ((x(step), y(mean)) for step, mean, _ in curve.points)),
     ]
     dots = [
-        Markup(
-            '<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>'
-        ).format(
+        dot(
             "kept" if step == kept else "dot",
-            x(step),
-            y(mean),
+            (x(step), y(mean)),
             5 if step == kept else 3,
             f"step {step}: {_number(mean)}",
         )
         for step, mean, _ in curve.points
     ]
-    return Markup(
-        "<figure><figcaption>{name}<span>{unit}</span></figcaption>"
-        '<svg viewBox="0 0 {width} {height}" role="img" aria-label="{name} by step">{shapes}</svg>'
-        "</figure>"
-    ).format(
-        name=curve.name,
-        unit=curve.unit,
-        width=_WIDTH,
-        height=_HEIGHT,
-        shapes=Markup("").join([*rules, *ticks, *shapes, *dots]),
+    axes = [*_FRAME.rules(y, marks), *_FRAME.ticks(x, step_marks(last), str)]
+    return Markup("<figure><figcaption>{}<span>{}</span></figcaption>{}</figure>").format(
+        curve.name, curve.unit, _FRAME.svg(f"{curve.name} by step", [*axes, *shapes, *dots])
     )
-
-
-def _marks(low: float, high: float) -> list[float]:
-    """Three to five round numbers from below `low` to above `high`."""
-    if high - low < 1e-9:
-        low, high = low - 0.05, high + 0.05
-    power = 10.0 ** math.floor(math.log10(high - low))
-    step = next(
-        power * times for times in (0.2, 0.5, 1, 2, 5) if (high - low) / (power * times) <= 4
-    )
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
 
 
 def _answers(finding: Hacking, looks: Sequence[Look], prompts: Sequence[Messages]) -> Markup:

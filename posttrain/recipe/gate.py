@@ -16,6 +16,9 @@ WATCH = "watch:"
 several candidates before it the candidate's name: `watch:evaluate-ppo:ppo`."""
 
 
+COMPARISON = "comparison"
+"""Name of the input with the judge's comparison; with several candidates `comparison:NAME`."""
+
 TRAINED = "trained:"
 """Begins the inputs that are the models or adapters a candidate comes from, for the report's
 curves; then comes the training stage's name."""

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from posttrain.recipe.base import ArtifactKind, StageConfig
 
+CHOICE = "model:"
+"""Begins the inputs that are the models of several candidates, of which the gate chooses one; then
+comes the name of the candidate's `evaluate` stage, as in the verdict."""
 VERDICT = "verdict"
 """Name of the input with the last gate's verdict."""
 

@@ -60,6 +60,9 @@ class StageJob(BaseModel):
     config: dict[str, Any]
     inputs: dict[str, StageInput]
     log_level: str = "INFO"
+    cache: str | None = None
+    """Folder of what stages remember beside their artifacts, such as a model's answers to single
+    questions. What is in it never changes a result; None for none."""
 
 
 class StageResult(BaseModel):

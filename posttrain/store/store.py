@@ -5,6 +5,7 @@ STORE/<kind>/<fingerprint>/     an artifact: its files and manifest.json
 STORE/work/<fingerprint>/       a stage that runs, or was killed and will be resumed
 STORE/locks/<fingerprint>.lock  held by whoever works on it
 STORE/aside/                    artifacts that were found damaged
+STORE/cache/                    what stages remember beside their artifacts, such as single answers
 STORE/runs/                     which artifacts each run of a recipe used
 """
 
@@ -51,6 +52,11 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.digests = DigestCache(self.root / "digests.sqlite")
+
+    @property
+    def cache(self) -> Path:
+        """Folder of what stages remember beside their artifacts; losing it costs time alone."""
+        return self.root / "cache"
 
     # Looking things up
 

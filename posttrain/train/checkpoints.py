@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from posttrain.store.files import sync_tree, write_bytes
@@ -16,6 +17,33 @@ def mark_complete(checkpoint: Path) -> None:
     """Declare a checkpoint complete, once all of its bytes are on disk."""
     sync_tree(checkpoint)
     write_bytes(checkpoint / _MARKER, b"")
+
+
+def leave_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Write the checkpoint of a step, whole or not at all.
+
+    Args:
+        folder: Of all checkpoints.
+        step: Optimizer steps, or updates, that were done.
+        write: Fills the folder that it is given.
+    """
+    checkpoint = folder / f"{_PREFIX}{step}"
+    temporary = folder / f".{checkpoint.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    sync_tree(temporary)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    temporary.rename(checkpoint)
+    mark_complete(checkpoint)
+
+
+def drop_all_but(folder: Path, newest: int, best: int | None) -> None:
+    """Delete checkpoints, except so many of the newest and that of the best step."""
+    found = sorted(_checkpoints(folder), key=_step)
+    for path in found[:-newest]:
+        if _step(path) != best:
+            shutil.rmtree(path)
 
 
 def newest_complete(folder: Path) -> Path | None:

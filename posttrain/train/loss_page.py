@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
 
+from posttrain.charts import Frame, dot, polyline, round_marks, step_marks, thinned
 from posttrain.store.files import write_bytes
 from posttrain.train.history import History
 
 LOSS_PAGE = "loss.html"
 
-_WIDTH, _HEIGHT = 860, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 16, 36
+_FRAME = Frame(width=860, height=340, left=56, right=16, top=16, bottom=36)
 _MOST_POINTS = 800
 """Points of a line; more than there are pixels show nothing more."""
 
@@ -66,76 +65,24 @@ def _chart(history: History) -> Markup:
     held_out = [(evaluation.step, evaluation.loss) for evaluation in history.held_out]
     last = max(step for step, _ in [*training, *held_out])
     losses = [loss for _, loss in [*training, *held_out]]
-    marks = _marks(min(losses), max(losses))
-    low, high = marks[0], marks[-1]
-
-    def x(step: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * step / max(last, 1)
-
-    def y(loss: float) -> float:
-        return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - loss) / (high - low)
-
-    rules = [
-        Markup(
-            '<line class="rule" x1="{0}" x2="{1}" y1="{2:.1f}" y2="{2:.1f}"/>'
-            '<text x="{3}" y="{4:.1f}" text-anchor="end">{5:g}</text>'
-        ).format(_LEFT, _WIDTH - _RIGHT, y(mark), _LEFT - 8, y(mark) + 4, mark)
-        for mark in marks
-    ]
-    ticks = [
-        Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-            x(step), _HEIGHT - 12, step
-        )
-        for step in sorted({round(last * part / 4) for part in range(5)})
-    ]
+    marks = round_marks(min(losses), max(losses), most=6)
+    x, y = _FRAME.across(0, max(last, 1)), _FRAME.up(marks[0], marks[-1])
     best = history.best
     dots = [
-        Markup(
-            '<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>'
-        ).format(
+        dot(
             "best" if step == best.step else "dot",
-            x(step),
-            y(loss),
+            (x(step), y(loss)),
             5 if step == best.step else 3,
             f"step {step}: {loss:.4f}",
         )
         for step, loss in held_out
     ]
-    lines = [_line("train", _thinned(training), x, y), _line("held", held_out, x, y)]
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="loss by step">{}</svg>').format(
-        _WIDTH, _HEIGHT, Markup("").join([*rules, *ticks, *lines, *dots])
-    )
-
-
-def _line(
-    kind: str,
-    points: Iterable[tuple[float, float]],
-    x: Callable[[float], float],
-    y: Callable[[float], float],
-) -> Markup:
-    path = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in points)
-    return Markup('<polyline class="{}" points="{}"/>').format(kind, path)
-
-
-def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
-    """Means over neighbouring steps, where there are more than can be seen."""
-    size = -(-len(points) // _MOST_POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [
-        (sum(step for step, _ in group) / len(group), sum(loss for _, loss in group) / len(group))
-        for group in groups
+    lines = [
+        polyline(kind, ((x(step), y(loss)) for step, loss in points))
+        for kind, points in (("train", thinned(training, _MOST_POINTS)), ("held", held_out))
     ]
-
-
-def _marks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers from below `low` to above `high`."""
-    span = max(high - low, 1e-6)
-    power = 10.0**-12
-    while span / power > 60:
-        power *= 10
-    step = next(power * times for times in (1, 2, 5, 10) if span / (power * times) <= 6)
-    first, last = int(low // step), int(-(-high // step))
-    return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
+    axes = [*_FRAME.rules(y, marks), *_FRAME.ticks(x, step_marks(last), str)]
+    return _FRAME.svg("loss by step", [*axes, *lines, *dots])
 
 
 def _table(history: History) -> Markup:

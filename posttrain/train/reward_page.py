@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
 
+from posttrain.charts import Frame, Place, dot, polyline
 from posttrain.store.files import write_bytes
 from posttrain.train.reward_report import HeldOutScores, RewardReport
 
 REWARD_PAGE = "reward.html"
 
-_WIDTH, _HEIGHT = 420, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 12, 40
+_FRAME = Frame(width=420, height=300, left=48, right=12, top=12, bottom=40, numbers_below=24, gap=6)
 _COLUMNS = 24
 _MOST_POINTS = 2000
 """Answers that are drawn; more than there is room for show nothing more."""
@@ -39,8 +39,6 @@ td { padding: .15rem .9rem .15rem 0; border-bottom: 1px solid var(--rule); }
 td + td { text-align: right; }
 .key { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 1em; }
 """
-
-_Place = Callable[[float], float]
 
 
 def write_reward_page(scores: HeldOutScores, report: RewardReport, title: str, path: Path) -> None:
@@ -77,8 +75,8 @@ def _histogram(scores: HeldOutScores) -> Markup:
         for kind, values in (("chosen", scores.chosen), ("rejected", scores.rejected))
     }
     highest = max(int(count.max()) for count in counts.values())
-    x = _scale(float(edges[0]), float(edges[-1]), _LEFT, _WIDTH - _RIGHT)
-    y = _scale(0, highest, _HEIGHT - _BOTTOM, _TOP)
+    x = _FRAME.across(float(edges[0]), float(edges[-1]))
+    y = _FRAME.up(0, highest)
     bars = [
         Markup('<rect class="{}" x="{:.1f}" width="{:.1f}" y="{:.1f}" height="{:.1f}"/>').format(
             kind, x(low), x(high) - x(low), y(count), y(0) - y(count)
@@ -92,20 +90,16 @@ def _histogram(scores: HeldOutScores) -> Markup:
 
 
 def _calibration(report: RewardReport) -> Markup:
-    x = _scale(0.5, 1, _LEFT, _WIDTH - _RIGHT)
-    y = _scale(0, 1, _HEIGHT - _BOTTOM, _TOP)
+    x = _FRAME.across(0.5, 1)
+    y = _FRAME.up(0, 1)
     points = [(x(one.confidence), y(one.accuracy), one) for one in report.calibration]
     marks = [
         Markup('<line class="even" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
             x(0.5), y(0.5), x(1), y(1)
         ),
-        Markup('<polyline class="curve" points="{}"/>').format(
-            " ".join(f"{across:.1f},{up:.1f}" for across, up, _ in points)
-        ),
+        polyline("curve", ((across, up) for across, up, _ in points)),
         *(
-            Markup(
-                '<circle class="chosen" cx="{:.1f}" cy="{:.1f}" r="4"><title>{}</title></circle>'
-            ).format(across, up, f"{one.pairs} pairs: {one.accuracy:.0%} right")
+            dot("chosen", (across, up), 4, f"{one.pairs} pairs: {one.accuracy:.0%} right")
             for across, up, one in points
         ),
     ]
@@ -115,8 +109,8 @@ def _calibration(report: RewardReport) -> Markup:
 
 def _by_length(scores: HeldOutScores) -> Markup:
     every, tokens = scores.scores, scores.tokens
-    x = _scale(0, float(tokens.max()), _LEFT, _WIDTH - _RIGHT)
-    y = _scale(float(every.min()), float(every.max()), _HEIGHT - _BOTTOM, _TOP)
+    x = _FRAME.across(0, float(tokens.max()))
+    y = _FRAME.up(float(every.min()), float(every.max()))
     step = -(-len(every) // _MOST_POINTS)
     points = [
         Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="2.5"/>').format(
@@ -129,35 +123,16 @@ def _by_length(scores: HeldOutScores) -> Markup:
     return _chart("score by length", "tokens", [*axes, *points])
 
 
-def _scale(low: float, high: float, first: float, last: float) -> _Place:
-    """From a value to a place in the drawing; all values are in the middle where they are equal."""
-    if high <= low:
-        return lambda _: (first + last) / 2
-    return lambda value: first + (last - first) * (value - low) / (high - low)
-
-
-def _axes(x: _Place, across: Sequence[float], y: _Place, up: Sequence[float]) -> list[Markup]:
-    lines = [
-        Markup(
-            '<line class="rule" x1="{0}" x2="{1}" y1="{2:.1f}" y2="{2:.1f}"/>'
-            '<text x="{3}" y="{4:.1f}" text-anchor="end">{5:.3g}</text>'
-        ).format(_LEFT, _WIDTH - _RIGHT, y(mark), _LEFT - 6, y(mark) + 4, mark)
-        for mark in up
-    ]
-    ticks = [
-        Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{:.3g}</text>').format(
-            x(mark), _HEIGHT - 24, mark
-        )
-        for mark in across
-    ]
-    return [*lines, *ticks]
+def _axes(x: Place, across: Sequence[float], y: Place, up: Sequence[float]) -> list[Markup]:
+    show = "{:.3g}".format
+    return [*_FRAME.rules(y, up, show), *_FRAME.ticks(x, across, show)]
 
 
 def _chart(label: str, below: str, parts: Sequence[Markup]) -> Markup:
-    return Markup(
-        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}'
-        '<text x="{}" y="{}" text-anchor="end">{}</text></svg>'
-    ).format(_WIDTH, _HEIGHT, label, Markup("").join(parts), _WIDTH - _RIGHT, _HEIGHT - 6, below)
+    name = Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(
+        _FRAME.width - _FRAME.right, _FRAME.height - 6, below
+    )
+    return _FRAME.svg(label, [*parts, name])
 
 
 def _table(report: RewardReport) -> Markup:

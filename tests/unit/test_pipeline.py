@@ -207,7 +207,7 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "nothing to measure": (
         ["evaluate"],
         "stages[0].evaluate: has nothing to measure\n"
-        "    name `tasks`, or a `dataset` for perplexity",
+        "    name `tasks`, `test_sets`, or a `dataset` for perplexity",
     ),
     "an unknown dataset": (
         [{"sft": {"dataset": "chat"}}],

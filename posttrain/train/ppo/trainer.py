@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import signal
 import sys
 import time
@@ -27,10 +26,10 @@ from transformers import get_scheduler, set_seed
 from posttrain.errors import ModelError
 from posttrain.events import EventWriter
 from posttrain.recipe.ppo import PpoConfig
-from posttrain.store.files import sync_tree, write_json
+from posttrain.store.files import write_json
 from posttrain.train.arguments import Schedule
 from posttrain.train.callbacks import EXIT_TERMINATED
-from posttrain.train.checkpoints import mark_complete, newest_complete
+from posttrain.train.checkpoints import drop_all_but, leave_checkpoint, newest_complete
 from posttrain.train.history import History
 from posttrain.train.ppo import objective
 from posttrain.train.ppo.update import Learner, Sample
@@ -205,35 +204,24 @@ class PpoTrainer:
             self.events.progress(done, total, unit="update", eta_s=eta_s, values=values)
 
     def _save(self) -> None:
-        """Leave a checkpoint, whole or not at all, and drop those that are too many."""
+        """Leave a checkpoint, and drop those that are too many."""
         wait_for_all()
         if self.accelerator.is_main_process:
-            folder = self.checkpoints / f"checkpoint-{self.state.step}"
-            temporary = self.checkpoints / f".{folder.name}"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            saved = {
-                "policy": {name: p.data for name, p in self.learner.policy.items()},
-                "critic": {name: p.data for name, p in self.learner.critic.items()},
-                "optimizer": self.learner.optimizer.state_dict(),
-                "scheduler": self._scheduler.state_dict(),
-            }
-            torch.save(saved, temporary / _WEIGHTS)
-            write_json(temporary / _STATE, asdict(self.state))
-            sync_tree(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
-            mark_complete(folder)
-            self._drop_old()
+            leave_checkpoint(self.checkpoints, self.state.step, self._write)
+            history = History.from_log(self.state.log)
+            best = history.best.step if len(history.held_out) > 1 else None
+            drop_all_but(self.checkpoints, self.config.launch.keep_checkpoints, best)
         wait_for_all()
 
-    def _drop_old(self) -> None:
-        history = History.from_log(self.state.log)
-        best = [history.best.step] if len(history.held_out) > 1 else []
-        names = [path.name for path in self.checkpoints.glob("checkpoint-*")]
-        steps = sorted(int(name.rpartition("-")[2]) for name in names)
-        for step in set(steps[: -self.config.launch.keep_checkpoints]) - set(best):
-            shutil.rmtree(self.checkpoints / f"checkpoint-{step}")
+    def _write(self, folder: Path) -> None:
+        saved = {
+            "policy": {name: p.data for name, p in self.learner.policy.items()},
+            "critic": {name: p.data for name, p in self.learner.critic.items()},
+            "optimizer": self.learner.optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+        }
+        torch.save(saved, folder / _WEIGHTS)
+        write_json(folder / _STATE, asdict(self.state))
 
 
 def _measures(samples: Sequence[Sample], kl_coef: float) -> dict[str, float]:
