@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from posttrain.ancestry import Ancestry
 from posttrain.errors import Problem
-from posttrain.pipeline import Input, Output
+from posttrain.pipeline import Input, Output, Step
 from posttrain.recipe import MergeConfig
 from posttrain.recipe.adapters import ADAPTERS, AdapterConfig, LoraConfig
 from posttrain.recipe.merge import PROMPTS, SOURCE
@@ -64,6 +64,52 @@ def merge_inputs(
         for dataset, rows in ancestry.learned_from(model).items():
             inputs.setdefault(PROMPTS + dataset, rows)
     return inputs
+
+
+def default_base(model: Output, steps: Sequence[Step], ancestry: Ancestry) -> Input:
+    """What an interpolation goes back towards: the last complete model that one was trained from.
+
+    Folding and merging train nothing: of their results it is what the adapter, or all that was
+    merged, comes from.
+    """
+    if model.kind == "adapter":
+        return ancestry.last_shared([model])
+    inputs = next(step.inputs for step in steps if step.name == model.step)
+    if "base" in inputs:
+        return inputs["base"]
+    behind = [value for name, value in inputs.items() if name == "model" or name.startswith(SOURCE)]
+    return ancestry.last_shared(behind)
+
+
+def interpolation_problems(
+    where: str, model: Input, base: Input, ancestry: Ancestry
+) -> list[Problem]:
+    """Why nothing lies between these two.
+
+    Args:
+        where: key of the stage.
+        model: what was trained.
+        base: what is gone back towards.
+        ancestry: of the steps laid out so far.
+    """
+    problems = folding_problems(f"{where}.model", model, ancestry)
+    if isinstance(base, Output) and base.kind == "adapter":
+        message = f"`{base.step}` leaves an adapter, and changes are measured from all weights"
+        problems.append(Problem(f"{where}.base", message, "name the stage that folds it in"))
+    if model == base:
+        message = "model and base are the same, so nothing lies between them"
+        problems.append(Problem(where, message, "name another `model`, or another `base`"))
+    return problems
+
+
+def interpolation_inputs(model: Input, base: Input, ancestry: Ancestry) -> dict[str, Input]:
+    """What an interpolation reads: both ends, and held-out rows of what the model learned from."""
+    rows = ancestry.learned_from(model)
+    return {
+        "model": model,
+        "base": base,
+        **{PROMPTS + name: output for name, output in rows.items()},
+    }
 
 
 def _combination_problems(

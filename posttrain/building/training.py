@@ -9,7 +9,14 @@ from posttrain.ancestry import Ancestry
 from posttrain.benchmarks import identify_benchmarks
 from posttrain.building.data import DataSteps
 from posttrain.hardware import resolve_dtype
-from posttrain.merge_inputs import folding_problems, merge_inputs, merge_problems
+from posttrain.merge_inputs import (
+    default_base,
+    folding_problems,
+    interpolation_inputs,
+    interpolation_problems,
+    merge_inputs,
+    merge_problems,
+)
 from posttrain.pipeline import Code, Input, Output
 from posttrain.recipe import (
     DpoConfig,
@@ -115,6 +122,9 @@ class TrainingSteps(DataSteps):
         if config.models:
             self._add_merge_of_several(where, config)
             return
+        if config.interpolates:
+            self._add_interpolation(where, config)
+            return
         model = self._model(f"{where}.model", config.model)
         if not (isinstance(model, Output) and model.kind == "adapter"):
             before = "no stage before it trains an adapter"
@@ -127,6 +137,29 @@ class TrainingSteps(DataSteps):
         config = config.model_copy(update={"quantization": ancestry.quantization(model)})
         prompts = next(iter(ancestry.learned_from(model).values()))
         output = self._add("merge", config, {"model": model, "prompts": prompts})
+        self._leave_model(output, self.trained_on[model.step])
+
+    def _add_interpolation(self, where: str, config: MergeConfig) -> None:
+        known = len(self.problems)
+        model = self._model(f"{where}.model", config.model)
+        if len(self.problems) == known and not (
+            isinstance(model, Output) and model.step in self.trained_on
+        ):
+            message = "there is nothing to interpolate: no stage before it trains"
+            self._problem(where, message, "put it after a stage that does, or name one as `model`")
+        if len(self.problems) > known or not isinstance(model, Output):
+            return
+        ancestry = Ancestry(self.steps)
+        if config.base is None:
+            base = default_base(model, self.steps, ancestry)
+        else:
+            base = self._model(f"{where}.base", config.base)
+        if len(self.problems) == known:
+            self.problems += interpolation_problems(where, model, base, ancestry)
+        if len(self.problems) > known:
+            return
+        inputs = interpolation_inputs(model, base, ancestry)
+        output = self._add("merge", config, inputs, "model")
         self._leave_model(output, self.trained_on[model.step])
 
     def _add_merge_of_several(self, where: str, config: MergeConfig) -> None:

@@ -1,8 +1,8 @@
 """Benchmarks by lm-eval, with every single answer kept.
 
 lm-eval's own tasks, prompts and metrics are used as they are. Added here: a limit that draws items
-by a seed instead of taking the first ones, benchmarks from a local folder, progress, and errors
-that say what to do.
+by a seed instead of taking the first ones, benchmarks from a local folder, the words of each item,
+and errors that say what to do. Who answers: `posttrain.evaluate.language_models`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ import hashlib
 import logging
 import math
 import random
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import DataError
+from posttrain.evaluate.item_texts import texts_of
 from posttrain.evaluate.items import Item
+from posttrain.evaluate.language_models import Backend, RememberingLM, load_transformers
 from posttrain.evaluate.results import TaskResult, TaskSettings
 from posttrain.events import EventWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_PROGRESS_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class Benchmarks:
     """Folders with further task YAMLs; they win over lm-eval's own. Where `offline_root` is given,
     relative paths of data files in them start there."""
     limit: int | None = None
-    """Items a leaf task, drawn with `seed`; None takes all."""
+    """Items a leaf task, drawn with `seed`; None takes all. A larger limit draws the same items and
+    more."""
     num_fewshot: int | None = None
     """Examples before each question; None leaves it to the task."""
     chat_template: bool = False
@@ -89,19 +89,34 @@ def run_benchmarks(
     benchmarks: LoadedBenchmarks,
     batch_size: int,
     events: EventWriter,
+    backend: Backend = "hf",
 ) -> Measured:
-    """Ask a loaded model all benchmarks, in one pass over their items.
+    """Ask a loaded model all benchmarks; nothing is remembered.
+
+    Raises:
+        DataError: a task without a score for each single item.
+    """
+    language_model = RememberingLM(
+        lambda: load_transformers(backend, model, tokenizer, batch_size),
+        events,
+        seed=benchmarks.asked.seed,
+    )
+    return ask_benchmarks(language_model, benchmarks)
+
+
+def ask_benchmarks(language_model: RememberingLM, benchmarks: LoadedBenchmarks) -> Measured:
+    """Ask all benchmarks.
 
     Raises:
         DataError: a task without a score for each single item.
     """
     if not benchmarks.leaves:
         return Measured((), (), ())
-    answers = _evaluate(model, tokenizer, benchmarks, batch_size, events)
+    answers = _evaluate(language_model, benchmarks)
     items: list[Item] = []
     results: list[TaskResult] = []
     for name, tasks in benchmarks.leaves.items():
-        answered = [item for leaf in tasks for item in _items(name, leaf, answers)]
+        answered = [item for leaf in tasks for item in _items(name, leaf, tasks[leaf], answers)]
         items += answered
         results.append(_summarise(name, answered, answers))
     return Measured(tuple(results), tuple(items), _task_settings(answers))
@@ -173,13 +188,7 @@ def _datasets_from(root: Path | None) -> Iterator[None]:
         yield
 
 
-def _evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    benchmarks: LoadedBenchmarks,
-    batch_size: int,
-    events: EventWriter,
-) -> dict[str, Any]:
+def _evaluate(language_model: RememberingLM, benchmarks: LoadedBenchmarks) -> dict[str, Any]:
     """lm-eval's answers; `simple_evaluate` would spend seconds on a survey of the machine."""
     import lm_eval
     from transformers import set_seed
@@ -196,7 +205,7 @@ def _evaluate(
     }
     set_seed(asked.seed)
     answers: dict[str, Any] = lm_eval.evaluate(
-        lm=_language_model(model, tokenizer, batch_size, events),
+        lm=language_model,
         task_dict={"tasks": tasks},
         samples=drawn or None,
         apply_chat_template=asked.chat_template,
@@ -218,74 +227,42 @@ def _set_fewshot(task: Any, benchmarks: Benchmarks) -> None:
 def _draw(task: str, size: int, benchmarks: Benchmarks) -> list[int] | None:
     """Indices of the items to ask, ascending; None for all of them.
 
-    The draw depends on the task's name, the seed and the benchmark's size, and on nothing else.
+    The order in which items are drawn depends on the task's name, the seed and the benchmark's
+    size, and not on how many are: so a larger limit adds items and takes none away.
     """
     if benchmarks.limit is None or size <= benchmarks.limit:
         return None
-    generator = random.Random(f"{benchmarks.seed}:{task}")
-    return sorted(generator.sample(range(size), benchmarks.limit))
+    order = list(range(size))
+    random.Random(f"{benchmarks.seed}:{task}").shuffle(order)
+    return sorted(order[: benchmarks.limit])
 
 
-def _language_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    events: EventWriter,
-) -> Any:
-    """lm-eval's Hugging Face model, telling its progress as events instead of a bar."""
-    from lm_eval.models.huggingface import HFLM
-
-    class ReportingLM(HFLM):  # type: ignore[misc]
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-            self.cache_hook = _Reporter(events, len(requests))
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-            self.cache_hook = _Reporter(events, len(requests))
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
-
-    return ReportingLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-
-
-class _Reporter:
-    """Stands where lm-eval hands each finished request to its cache."""
-
-    def __init__(self, events: EventWriter, total: int) -> None:
-        self._events = events
-        self._total = total
-        self._done = 0
-        self._started = self._reported = time.monotonic()
-
-    def add_partial(self, attr: str, req: object, res: object) -> None:
-        """Count one answered request."""
-        del attr, req, res
-        self._done += 1
-        now = time.monotonic()
-        if self._done == self._total or now - self._reported >= _PROGRESS_EVERY_S:
-            self._reported = now
-            eta = (now - self._started) / self._done * (self._total - self._done)
-            self._events.progress(self._done, self._total, unit="answer", eta_s=round(eta, 1))
-
-
-def _items(name: str, leaf: str, answers: dict[str, Any]) -> list[Item]:
+def _items(name: str, leaf: str, task: Any, answers: dict[str, Any]) -> list[Item]:
     """The answered items of one leaf task, in the benchmark's order."""
     samples = answers["samples"][leaf]
     # A task may score each answer several times, through different filters; the first counts.
     samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     metric = _primary_metric(name, _numbers(samples[0]))
-    return [
-        Item(
-            task=name,
-            group=leaf,
-            item_id=int(sample["doc_id"]),
-            item_digest=_item_digest(sample),
-            metric=metric,
-            value=_numbers(sample)[metric],
-            metrics=_numbers(sample),
-            log_likelihoods=_log_likelihoods(sample),
-        )
-        for sample in sorted(samples, key=lambda sample: int(sample["doc_id"]))
-    ]
+    samples.sort(key=lambda sample: int(sample["doc_id"]))
+    return [_item(name, leaf, task, sample, metric) for sample in samples]
+
+
+def _item(name: str, leaf: str, task: Any, sample: dict[str, Any], metric: str) -> Item:
+    texts = texts_of(task, sample, metric)
+    return Item(
+        task=name,
+        group=leaf,
+        item_id=int(sample["doc_id"]),
+        item_digest=_item_digest(sample),
+        metric=metric,
+        value=_numbers(sample)[metric],
+        metrics=_numbers(sample),
+        log_likelihoods=_log_likelihoods(sample),
+        question=texts.question,
+        choices=texts.choices,
+        target=texts.target,
+        answer=texts.answer,
+    )
 
 
 def _primary_metric(name: str, scores: dict[str, float]) -> str:

@@ -17,6 +17,9 @@ from posttrain.store.files import write_json
 
 Outcome = Literal["pass", "fail", "not enough evidence"]
 
+_MOST_NAMED = 3
+"""Of the tasks that were asked differently."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,6 +30,10 @@ Record = TypeVar("Record", bound=_Record)
 
 def _empty(value: object) -> bool:
     return not value
+
+
+def _is_base(value: object) -> bool:
+    return value == "base"
 
 
 class TaskResult(_Record):
@@ -102,11 +109,38 @@ class Settings(_Record):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def differences(self, other: Settings) -> list[str]:
-        """Names of the settings that differ, with both values."""
-        mine, theirs = self.model_dump(), other.model_dump()
+        """What differs, with both values, one line each; the first few of many tasks."""
+        mine, theirs = self._by_name(), other._by_name()
+        lines = []
+        for key in mine:
+            found = _differing(key, mine[key], theirs[key])
+            lines += found[:_MOST_NAMED]
+            if len(found) > _MOST_NAMED:
+                lines.append(f"{key}: and {len(found) - _MOST_NAMED} more")
+        return lines
+
+    def _by_name(self) -> dict[str, Any]:
+        """The same with tasks and test sets by their names."""
+        return {
+            **self.model_dump(exclude={"tasks", "test_sets"}),
+            "tasks": {
+                task.name: f"version {task.version}, {task.num_fewshot} examples"
+                for task in self.tasks
+            },
+            "test_sets": {
+                f"{one.get('dataset')}[{number}]": one for number, one in enumerate(self.test_sets)
+            },
+        }
+
+
+def _differing(where: str, mine: Any, theirs: Any) -> list[str]:
+    if isinstance(mine, dict) and isinstance(theirs, dict):
         return [
-            f"{key}: {mine[key]!r} and {theirs[key]!r}" for key in mine if mine[key] != theirs[key]
+            line
+            for key in mine | theirs
+            for line in _differing(f"{where}: {key}", mine.get(key), theirs.get(key))
         ]
+    return [f"{where}: {mine!r} and {theirs!r}"] if mine != theirs else []
 
 
 class EvaluationResults(_Record):
@@ -212,10 +246,10 @@ class PerplexityCheck(_Record):
 
     requirement: Literal["must_improve", "must_not_rise"]
     base: float
-    """Perplexity of the base."""
+    """Perplexity of the base; bits a byte where that is the `unit`."""
     candidate: float
     difference: float
-    """Nats a token by which the candidate is better."""
+    """Nats a token, or bits a byte, by which the candidate is better."""
     low: float | None
     """One-sided lower bound; None with too few rows for one."""
     high: float | None
@@ -227,6 +261,10 @@ class PerplexityCheck(_Record):
     """Name of the dataset; empty for the one that the evaluation is about."""
     unit: Literal["token", "byte"] = "token"
     """What `difference` is by: `byte` where the two models' tokenizers differ."""
+    smallest_detectable_rise: float | None = None
+    """Rise of perplexity, as a share, that this many rows show with a chance of 80%."""
+    rows_needed: int | None = None
+    """Rows that would probably settle an open check; None when settled, or out of reach."""
 
 
 class WinRateCheck(_Record):
@@ -245,6 +283,10 @@ class WinRateCheck(_Record):
     """Prompts that would probably settle an open check."""
     verdict: Outcome
     sentence: str
+    p_worse: float = 1.0
+    """One-sided p-value against "the win rate is at least `required`"."""
+    smallest_detectable: float | None = None
+    """Win rate that this many prompts show to exceed `required` with a chance of 80%."""
 
 
 class Versus(_Record):
@@ -368,6 +410,8 @@ class Verdict(_Record):
     """Of several candidates: the best one that passes against the others."""
     other_perplexities: Annotated[tuple[PerplexityCheck, ...], Field(exclude_if=_empty)] = ()
     """On further datasets."""
+    against: Annotated[str, Field(exclude_if=_is_base)] = "base"
+    """What the candidates are compared with: an `evaluate` stage, or `base`."""
     win_rate: Annotated[WinRateCheck | None, Field(exclude_if=_empty)] = None
     champion: Annotated[Versus | None, Field(exclude_if=_empty)] = None
 

@@ -26,6 +26,8 @@ POWER = 0.8
 """Chance of a clear answer at which `items_needed` and `smallest_detectable_drop` aim."""
 
 _CELLS_PER_CHUNK = 4_000_000
+_INDEX_FOR_COUNT = 8
+"""Drawing one unit's index costs about an eighth of drawing how often one kind of unit occurs."""
 _MOST_ITEMS = 1_000_000
 
 
@@ -85,10 +87,14 @@ def paired_difference(
         ValueError: no items, or arrays of different lengths.
     """
     before, after = _paired(base, candidate)
+    member = _members(groups, len(before))
+    # In an order of their own: a sum of floats depends on the order of its terms.
+    order = np.lexsort((after, before, member))
+    before, after, member = before[order], after[order], member[order]
     difference = after - before
     n = len(difference)
     mean = float(difference.mean())
-    numerator, denominator = _group_sums(difference, groups)
+    numerator, denominator = _group_sums(difference, member)
     resampled = _bootstrap_ratio(numerator, denominator, bootstrap_samples, seed)
     floor = _floor_interval(before, after, confidence)
     low = min(_quantile(resampled, 1 - confidence), floor.low, mean)
@@ -140,7 +146,8 @@ def paired_nats(
     weights = np.asarray(tokens, dtype=np.float64)
     if weights.shape != before.shape or not (weights > 0).all():
         raise ValueError("every row needs a positive number of scored tokens")
-    saved = before - after
+    order = np.lexsort((after, before, weights))
+    saved, weights = (before - after)[order], weights[order]
     mean = float(saved.sum() / weights.sum())
     resampled = _bootstrap_ratio(saved, weights, bootstrap_samples, seed)
     floor = _student(saved, weights, confidence)
@@ -185,10 +192,12 @@ def items_needed(
     """Items that would probably settle a `not enough evidence`, to two digits; None: out of reach.
 
     The usual sample size of a one-sided test, (z_confidence + z_power)^2 variance / gap^2, with the
-    variance that was seen. The gap supposes that the true difference is the one seen, but never
-    better than no change: hoping for a lucky gain to continue would promise too much.
+    variance that was seen. The gap supposes that the true difference is the one seen. Where a drop
+    is to be ruled out it is never better than no change: hoping for a lucky gain to continue would
+    promise too much. Where a gain is asked for (`max_drop` of 0 or less) the gain is what is seen.
     """
-    gap = abs(max_drop + min(difference.mean, 0.0))
+    expected = min(difference.mean, 0.0) if max_drop > 0 else difference.mean
+    gap = abs(max_drop + expected)
     if gap == 0:
         return None
     z = _z(confidence) + _z(power)
@@ -217,6 +226,28 @@ def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
     return rejected
 
 
+def mean_of_tasks(
+    differences: Sequence[PairedDifference], confidence: float
+) -> PairedDifference:
+    """Mean over tasks, each with the same weight; `p_worse` is against "it is not below 0".
+
+    Their items are other questions, so the variances of the means add up.
+    """
+    mean = math.fsum(one.mean for one in differences) / len(differences)
+    error = math.hypot(*(one.standard_error for one in differences)) / len(differences)
+    low, high = mean - _z(confidence) * error, mean + _z(confidence) * error
+    if len(differences) == 1:
+        low, high = differences[0].low, differences[0].high
+    return PairedDifference(
+        mean=mean,
+        low=low,
+        high=high,
+        n=sum(one.n for one in differences),
+        standard_error=error,
+        p_worse=float(stats.norm.cdf(mean / error)),
+    )
+
+
 @dataclass(frozen=True)
 class _Interval:
     low: float
@@ -231,34 +262,46 @@ def _paired(base: ArrayLike, candidate: ArrayLike) -> tuple[Floats, Floats]:
     return before, after
 
 
-def _group_sums(difference: Floats, groups: Sequence[str] | None) -> tuple[Floats, Floats]:
+def _members(groups: Sequence[str] | None, n: int) -> NDArray[np.int64]:
+    """Number of each item's group, shape (n,)."""
+    if groups is None:
+        return np.zeros(n, dtype=np.int64)
+    return np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
+
+
+def _group_sums(difference: Floats, member: NDArray[np.int64]) -> tuple[Floats, Floats]:
     """Sum and size of each resampling unit: an item, or a group where there are several."""
-    if groups is not None:
-        _, member = np.unique(np.asarray(groups), return_inverse=True)
-        if member.max() > 0:
-            sizes = np.bincount(member).astype(np.float64)
-            sums: Floats = np.bincount(member, weights=difference).astype(np.float64)
-            return sums, sizes
-    return difference, np.ones_like(difference)
+    if member.max() == 0:
+        return difference, np.ones_like(difference)
+    sizes = np.bincount(member).astype(np.float64)
+    sums: Floats = np.bincount(member, weights=difference).astype(np.float64)
+    return sums, sizes
 
 
 def _bootstrap_ratio(numerator: Floats, denominator: Floats, samples: int, seed: int) -> Floats:
     """Resampled sum(numerator) / sum(denominator), shape (samples,).
 
-    Equal units are drawn together by a multinomial: for right/wrong items that leaves three
-    columns instead of n, and the same distribution.
+    Where units are equal, as right/wrong items are, it is drawn how often each of the few kinds
+    occurs (a multinomial), which leaves three columns instead of n, and the same distribution.
     """
     rng = np.random.default_rng(seed)
     units, counts = np.unique(
         np.stack([numerator, denominator], axis=1), axis=0, return_counts=True
     )
     total = int(counts.sum())
+    by_kind = _INDEX_FOR_COUNT * len(units) < total
+    single = np.repeat(units, counts, axis=0)
     out = np.empty(samples)
-    chunk = max(1, _CELLS_PER_CHUNK // len(units))
+    chunk = max(1, _CELLS_PER_CHUNK // (len(units) if by_kind else total))
     for start in range(0, samples, chunk):
         size = min(chunk, samples - start)
-        sums = rng.multinomial(total, counts / total, size=size) @ units
-        out[start : start + size] = sums[:, 0] / sums[:, 1]
+        if by_kind:
+            sums = rng.multinomial(total, counts / total, size=size) @ units
+            above, below = sums[:, 0], sums[:, 1]
+        else:
+            drawn = rng.integers(0, total, size=(size, total), dtype=np.int32)
+            above, below = single[:, 0].take(drawn).sum(1), single[:, 1].take(drawn).sum(1)
+        out[start : start + size] = above / below
     return out
 
 

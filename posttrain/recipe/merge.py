@@ -1,7 +1,8 @@
-"""`merge`: an adapter becomes part of its base's weights, or several fine-tunes become one."""
+"""`merge`: an adapter folded into its base, several models as one, or a step back to the base."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -25,6 +26,7 @@ Method = Literal[
     "ties_svd",
     "dare_linear_svd",
     "dare_ties_svd",
+    "interpolate",
 ]
 
 _OF_MODELS: tuple[Method, ...] = ("linear", "slerp", "ties", "dare_linear", "dare_ties")
@@ -71,10 +73,10 @@ class MergeSource(Strict):
 
 
 class MergeConfig(StageConfig):
-    """Folds an adapter into its base, or merges several models.
+    """Folds an adapter into its base, merges several models, or goes part of the way to one.
 
-    Folding compares logits before and after. Of several, each and the result are measured on
-    held-out rows.
+    Folding compares logits before and after. Of several, and of an interpolation's two ends, each
+    and the result are measured on held-out rows.
     """
 
     produces: ClassVar[ArtifactKind] = "model"
@@ -82,7 +84,8 @@ class MergeConfig(StageConfig):
 
     stage: Literal["merge"] = "merge"
     model: str | None = None
-    """Name of an earlier stage whose adapter is folded in. Default: the stage before."""
+    """Name of an earlier stage whose adapter is folded in, or whose model is interpolated. Default:
+    the stage before."""
     models: tuple[MergeSource, ...] = ()
     """The models to merge, by earlier stages' names. An adapter is folded into its base first."""
     method: Method | None = None
@@ -91,12 +94,17 @@ class MergeConfig(StageConfig):
     base, of those with the sign that prevails (Yadav et al., 2023, arXiv:2306.01708).
     `dare_linear`, `dare_ties`: changes dropped at random, the rest scaled up (Yu et al., 2023,
     arXiv:2311.03099). With `into: adapter` no `slerp`, but `svd`, `cat` (exact; the ranks add up),
-    `ties_svd`, `dare_linear_svd`, `dare_ties_svd`."""
+    `ties_svd`, `dare_linear_svd`, `dare_ties_svd`. `interpolate` is of one model, not of several:
+    base + weight * (model - base), so that less of the base is forgotten (WiSE-FT: Wortsman et al.,
+    2022, arXiv:2109.01903)."""
+    weight: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Of `interpolate`: 0 is the base, 1 the tuned model; beyond them nothing was trained. Default:
+    0.5."""
     into: Literal["model", "adapter"] = "model"
     """`model`: complete weights. `adapter`: LoRA adapters of one base become one adapter."""
     base: str | None = None
-    """Of TIES and DARE: name of the stage, or `base`, whose model the changes are measured from.
-    Default: the last model that all of `models` come from."""
+    """Of TIES, DARE and `interpolate`: name of the stage, or `base`, whose model the changes are
+    measured from. Default: the last complete model that `models`, or `model`, come from."""
     t: Annotated[float, Field(ge=0, le=1)] | None = None
     """Of SLERP: 0 is the first model, 1 the second. Default: 0.5."""
     normalize: bool = True
@@ -123,6 +131,11 @@ class MergeConfig(StageConfig):
         return self.method is not None and self.method.startswith(("ties", "dare"))
 
     @property
+    def interpolates(self) -> bool:
+        """Whether one model is taken a part of the way from its base."""
+        return self.method == "interpolate"
+
+    @property
     def needs_base(self) -> bool:
         """Whether the method works on changes to a base, which then is an input."""
         return self.sparsifies and self.into == "model"
@@ -137,22 +150,50 @@ class MergeConfig(StageConfig):
         """The stated `t`, or its default."""
         return 0.5 if self.t is None else self.t
 
+    @property
+    def part(self) -> float:
+        """The stated `weight`, or its default."""
+        return 0.5 if self.weight is None else self.weight
+
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
+        if self.interpolates:
+            return self._one_and_its_base()
+        if self.weight is not None:
+            where = "beside each of `models`" if self.models else "with that method"
+            raise ValueError(f"`weight` belongs to `method: interpolate`: write it {where}")
         if self.models and self.model is not None:
             raise ValueError("`model` folds one adapter and `models` merges several: remove one")
         if self.models and self.method is None:
             known = ", ".join(_OF_ADAPTERS if self.into == "adapter" else _OF_MODELS)
             raise ValueError(f"`models` need a `method`: one of {known}")
         if not self.models:
-            stated = [key for key in _OF_SEVERAL if key in self.model_fields_set]
-            stated = [key for key in stated if getattr(self, key) != _default(key)]
+            stated = self._stated(_OF_SEVERAL)
             if stated:
                 raise ValueError(
                     f"`{stated[0]}` is for merging several models: name them as `models`, such as "
                     "`models: [sft-a, sft-b]`"
                 )
         return self
+
+    def _one_and_its_base(self) -> Self:
+        if self.models:
+            raise ValueError(
+                "`interpolate` lies between one model and its base: write `model` and `base` "
+                "instead of `models`, or leave both out; of several models `linear` is the mean"
+            )
+        stated = self._stated([key for key in _OF_SEVERAL if key not in ("method", "base")])
+        if stated:
+            raise ValueError(
+                f"`{stated[0]}` is for merging several models: `interpolate` takes `weight`, "
+                "`model` and `base`"
+            )
+        return self
+
+    def _stated(self, keys: Sequence[str]) -> list[str]:
+        """Which of these keys say something other than their default."""
+        stated = [key for key in keys if key in self.model_fields_set]
+        return [key for key in stated if getattr(self, key) != _default(key)]
 
     @model_validator(mode="after")
     def _enough_models(self) -> Self:
@@ -171,7 +212,7 @@ class MergeConfig(StageConfig):
 
     @model_validator(mode="after")
     def _method_fits(self) -> Self:
-        if self.method is None:
+        if self.method is None or self.interpolates:
             return self
         known = _OF_ADAPTERS if self.into == "adapter" else _OF_MODELS
         if self.method not in known:

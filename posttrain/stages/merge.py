@@ -1,8 +1,8 @@
 """`merge`: an adapter becomes part of its base, or several fine-tunes become one.
 
 Folding an adapter in is proven to change nothing: logits before and after are compared, and those
-of the model as it was written. A merge of several is another model than each of them, so all are
-measured on held-out rows of everything that they were trained on.
+of the model as it was written. A merge of several, or of a model and its base, is another model
+than each of them, so all are measured on held-out rows of everything that they were trained on.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ Context = StageContext[MergeConfig]
 Perplexities = dict[str, dict[str, float]]
 """By dataset and model; the merged model's name is empty."""
 
+BASE, TUNED = "base", "tuned"
+"""What the two ends of an interpolation are called in metrics and messages."""
 _MAX_LENGTH = 512
 """Tokens of a held-out row; the logits at its end depend on all of them."""
 _BATCH_SIZE = 16
@@ -44,7 +46,7 @@ def main(context: Context) -> StageResult:
     Inputs: `model`, an adapter with its base, and `prompts`, a prepared dataset whose held-out
     rows are the check. Of several models: `model:NAME` for each, `prompts:NAME` for each dataset
     that they were trained on, `base` with TIES and DARE, and `model`, the adapters' base, where
-    they become one adapter.
+    they become one adapter. Of an interpolation: `model`, `base`, and `prompts:NAME`.
 
     Raises:
         DataError: no held-out row to check on.
@@ -52,7 +54,7 @@ def main(context: Context) -> StageResult:
             `max_logit_difference`.
     """
     prepare_libraries()
-    if not context.config.models:
+    if not context.config.models and not context.config.interpolates:
         return _fold(context)
     if context.config.into == "adapter":
         return _combine(context)
@@ -161,7 +163,7 @@ def _fold_headline(
 
 
 def _merge(context: Context) -> StageResult:
-    from posttrain.train.merging import check_alike, merge_weights
+    from posttrain.train.merging import check_alike
     from posttrain.train.outputs import stored_dtype
 
     sources = _sources(context)
@@ -178,7 +180,7 @@ def _merge(context: Context) -> StageResult:
     held_out = _held_out(context, tokenizer)
     prompts = _prompts(context, next(iter(held_out.values())))
     measured: Perplexities = {dataset: {} for dataset in held_out}
-    dtype = stored_dtype(_weights(sources[first]))
+    dtype = stored_dtype(_weights(sources[BASE if context.config.interpolates else first]))
     with _scratch(context) as scratch:
         folders = []
         for name, source in sources.items():
@@ -192,11 +194,24 @@ def _merge(context: Context) -> StageResult:
             folders.append(folder)
             del model
         context.events.phase("merging")
-        base = _weights(context.input("base")) if context.config.needs_base else None
-        merged = merge_weights(context.config, folders, base, scratch, dtype)
+        merged = _mixed(context, folders, scratch, dtype)
     _save(context, merged, tokenizer, dtype, prompts)
     _measure(context, merged, "", tokenizer, held_out, measured)
     return _result_of_several(context, measured)
+
+
+def _mixed(
+    context: Context, folders: list[Path], scratch: Path, dtype: torch.dtype
+) -> PreTrainedModel:
+    from posttrain.train.interpolation import interpolate_weights
+    from posttrain.train.merging import merge_weights
+
+    config = context.config
+    if config.interpolates:
+        tuned, base = folders
+        return interpolate_weights(base, tuned, config.part, scratch, dtype)
+    changed_from = _weights(context.input("base")) if config.needs_base else None
+    return merge_weights(config, folders, changed_from, scratch, dtype)
 
 
 def _combine(context: Context) -> StageResult:
@@ -239,7 +254,9 @@ def _complete(context: Context, source: StageInput, prompts: list[list[int]]) ->
 
 
 def _sources(context: Context) -> dict[str, StageInput]:
-    """The models to merge, by the recipe's names, in its order."""
+    """The models to merge, by the recipe's names, in its order; of an interpolation its ends."""
+    if context.config.interpolates:
+        return {TUNED: context.input("model"), BASE: context.input("base")}
     names = [source.model for source in context.config.models]
     return {name: context.input(SOURCE + name) for name in names}
 
@@ -260,13 +277,18 @@ def _result_of_several(context: Context, measured: Perplexities) -> StageResult:
         each = ", ".join(f"{name} {three_digits(value)}" for name, value in others.items())
         texts.append(f"{dataset} {three_digits(merged)} ({each})")
     return StageResult(
-        headline=f"{context.config.method} of {len(context.config.models)}; perplexity on "
-        + ", on ".join(texts),
+        headline=f"{_what(context.config)}; perplexity on " + ", on ".join(texts),
         metrics=metrics,
         details={
             "perplexity": {d: {n or "merged": v for n, v in m.items()} for d, m in measured.items()}
         },
     )
+
+
+def _what(config: MergeConfig) -> str:
+    if config.interpolates:
+        return f"interpolated, {config.part:g} of the way from base to tuned"
+    return f"{config.method} of {len(config.models)}"
 
 
 # What they share
@@ -313,8 +335,9 @@ def _held_out(context: Context, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     from posttrain.train.tokenize import Encoded
 
     config = context.config
-    several = config.models or config.quantization is not None
-    limit = max(config.check_prompts, config.perplexity_rows if several else 0)
+    folds = not config.models and not config.interpolates
+    measured = not folds or config.quantization is not None
+    limit = max(config.check_prompts, config.perplexity_rows if measured else 0)
     found = {}
     for key, dataset in context.job.inputs.items():
         if key != PROMPTS.removesuffix(":") and not key.startswith(PROMPTS):

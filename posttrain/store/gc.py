@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -9,27 +10,33 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from posttrain.store.locks import exclusive
 from posttrain.store.manifest import Artifact, now
 from posttrain.store.store import Store
+
+CACHE_LOCK = "lock"
+"""File in a folder of the cache: held by whoever writes or removes files beside it."""
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """A folder that nothing needs, and the space it takes."""
+    """A folder, or a file of the cache, that nothing needs, and the space it takes."""
 
     path: Path
     size: int
     """Bytes."""
     reason: str
+    used: float | None = None
+    """For a file of the cache: when it was last used, as it goes only if it has not been since."""
 
 
 def find_garbage(
     store: Store, *, keep_runs: int = 10, keep_days: float = 7.0, needed: Iterable[str] = ()
 ) -> list[Garbage]:
-    """What can go: artifacts, abandoned work and damaged leftovers.
+    """What can go: artifacts, abandoned work, damaged leftovers and remembered answers.
 
-    Kept are: what the last `keep_runs` runs of each recipe used, what was made within
-    `keep_days`, what `needed` names (fingerprints behind registered models and aliases), all
+    Kept are: what the last `keep_runs` runs of each recipe used, what was made (of the cache: used)
+    within `keep_days`, what `needed` names (fingerprints behind registered models and aliases), all
     that those were made from, and whatever somebody is working on.
     """
     oldest = now() - timedelta(days=keep_days)
@@ -45,7 +52,7 @@ def find_garbage(
         for fingerprint, artifact in artifacts.items()
         if fingerprint not in kept and not store.is_locked(fingerprint)
     ]
-    return garbage + _leftovers(store, oldest.timestamp())
+    return garbage + _leftovers(store, oldest.timestamp()) + _unused(store, oldest.timestamp())
 
 
 def collect(store: Store, garbage: Iterable[Garbage]) -> int:
@@ -55,6 +62,9 @@ def collect(store: Store, garbage: Iterable[Garbage]) -> int:
     """
     freed = 0
     for item in garbage:
+        if item.used is not None:
+            freed += _forget(item)
+            continue
         with store.lock(item.path.name):
             if not item.path.exists():
                 continue
@@ -105,6 +115,29 @@ def _leftovers(store: Store, oldest: float) -> list[Garbage]:
             if path.stat().st_mtime < oldest and not store.is_locked(path.name):
                 found.append(Garbage(path, _folder_size(path), reason))
     return found
+
+
+def _unused(store: Store, oldest: float) -> list[Garbage]:
+    """Files of the cache that nobody has read or written lately."""
+    found = []
+    for path in sorted(store.cache.rglob("*")):
+        if path.name == CACHE_LOCK or not path.is_file():
+            continue
+        with contextlib.suppress(FileNotFoundError):  # somebody's temporary file
+            status = path.stat()
+            if status.st_mtime < oldest:
+                reason = "remembered, and not used lately"
+                found.append(Garbage(path, status.st_size, reason, used=status.st_mtime))
+    return found
+
+
+def _forget(item: Garbage) -> int:
+    """Remove a file of the cache unless somebody has used it; returns the bytes freed."""
+    with exclusive(item.path.parent / CACHE_LOCK):
+        if not item.path.exists() or item.path.stat().st_mtime != item.used:
+            return 0
+        item.path.unlink()
+    return item.size
 
 
 def _folder_size(folder: Path) -> int:

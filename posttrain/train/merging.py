@@ -103,27 +103,48 @@ def merge_weights(
     Raises:
         ModelError: mergekit cannot merge them, or a weight is missing from what it made.
     """
+    named = [name_folder(scratch, str(number), folder) for number, folder in enumerate(folders)]
+    named_base = name_folder(scratch, "base", base) if base is not None else None
+    configuration = _mergekit_config(config, named, named_base, dtype)
+    return run_mergekit(configuration, folders[0], scratch, dtype, config.seed)
+
+
+def run_mergekit(
+    configuration: MergeConfiguration,
+    generates_like: Path,
+    scratch: Path,
+    dtype: torch.dtype,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Merge tensor by tensor, from files to files, and load the result.
+
+    Args:
+        configuration: What mergekit is asked for; names folders by `name_folder`.
+        generates_like: Model folder whose generation config the result gets.
+        scratch: Existing folder for the merged weights; may be removed afterwards.
+        dtype: Precision of the result.
+        seed: Of what is dropped at random.
+
+    Raises:
+        ModelError: mergekit cannot merge them, or a weight is missing from what it made.
+    """
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
     from transformers import AutoModelForCausalLM
 
-    # By names of ours: mergekit reads "+" and "@" in a path as its own signs, and takes two models
-    # at one path (two stages may leave the same bytes in the store) for one.
-    named = [_name(scratch, str(number), folder) for number, folder in enumerate(folders)]
-    named_base = _name(scratch, "base", base) if base is not None else None
     merged = scratch / "merged"
     options = MergeOptions(
         copy_tokenizer=False,
         device="cpu",
         quiet=True,
-        random_seed=config.seed,
+        random_seed=seed,
         write_model_card=False,
     )
     try:
-        run_merge(_mergekit_config(config, named, named_base, dtype), str(merged), options)
+        run_merge(configuration, str(merged), options)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"mergekit cannot merge these models: {error}") from error
-    _copy_generation_config(folders[0], merged)
+    _copy_generation_config(generates_like, merged)
     model, loading = AutoModelForCausalLM.from_pretrained(
         merged, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
@@ -204,7 +225,7 @@ def _mergekit_config(
         settings, base = {"t": config.position}, folders[0]
     return MergeConfiguration(
         merge_method=str(config.method),
-        base_model=_reference(base) if base is not None else None,
+        base_model=reference(base) if base is not None else None,
         models=[
             _input(config, source, folder)
             for source, folder in zip(config.models, folders, strict=True)
@@ -223,16 +244,22 @@ def _input(config: MergeConfig, source: MergeSource, folder: Path) -> InputModel
         settings["weight"] = source.share
     if config.sparsifies:
         settings["density"] = source.kept
-    return InputModelDefinition(model=_reference(folder), parameters=settings)
+    return InputModelDefinition(model=reference(folder), parameters=settings)
 
 
-def _reference(folder: Path) -> ModelReference:
+def reference(folder: Path) -> ModelReference:
+    """A folder as mergekit names it."""
     from mergekit.common import ModelPath, ModelReference
 
     return ModelReference(model=ModelPath(path=str(folder)))
 
 
-def _name(scratch: Path, name: str, folder: Path) -> Path:
+def name_folder(scratch: Path, name: str, folder: Path) -> Path:
+    """A folder under a name of ours.
+
+    mergekit reads "+" and "@" in a path as its own signs, and takes two models at one path (two
+    stages may leave the same bytes in the store) for one.
+    """
     link = scratch / f"source-{name}"
     link.symlink_to(folder.resolve(), target_is_directory=True)
     return link

@@ -16,7 +16,7 @@ micro-batch of the stage that reads them changes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -36,6 +36,8 @@ from posttrain.train.pairs import AnswerTable, read_marked, read_pairs
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from posttrain.train.branches import Entry
 
 REFERENCE = "reference.parquet"
 """File of the stage's artifact."""
@@ -81,8 +83,8 @@ def score_answers(context: StageContext[ReferenceConfig]) -> StageResult:
     parts = _read(context)
     context.events.phase("loading the model")
     model = _load(context)
-    sequences, columns = _sequences(parts, config.method)
-    found = _log_probs(context, model, sequences).reshape(len(columns), -1)
+    entries = _entries(parts, config.method)
+    found = _log_probs(context, model, entries)
     table: dict[str, pa.Array] = {
         "id": pa.array([part.rows[row].id for part in parts for (row,) in part.table.rows]),
         "side": pa.array([part.side for part in parts for _ in part.table.rows]),
@@ -90,15 +92,15 @@ def score_answers(context: StageContext[ReferenceConfig]) -> StageResult:
     if config.method == "kto":
         table["label"] = pa.array([v for part in parts for v in part.table.dataset["label"]])
     table |= {
-        name: pa.array(values, pa.float32()) for name, values in zip(columns, found, strict=True)
+        name: pa.array(values, pa.float32())
+        for name, values in zip(_ANSWERS[config.method], found.T, strict=True)
     }
     pq.write_table(pa.table(table), context.output / REFERENCE, compression="zstd", version="2.6")
-    tokens = sum(len(prompt) + len(answer) for prompt, answer in sequences)
-    entries = sum(len(part.table) for part in parts)
+    tokens = sum(len(prompt) + sum(map(len, answers)) for prompt, answers in entries)
     what = "pairs" if config.method == "dpo" else "answers"
     return StageResult(
-        headline=f"{entries:,} {what} scored ({tokens:,} tokens)",
-        metrics={"entries": entries, "tokens": tokens},
+        headline=f"{len(entries):,} {what} scored ({tokens:,} tokens)",
+        metrics={"entries": len(entries), "tokens": tokens},
     )
 
 
@@ -182,57 +184,61 @@ def _load(context: StageContext[ReferenceConfig]) -> PreTrainedModel:
     return model.eval()
 
 
-def _sequences(
-    parts: Sequence[_Part], method: Literal["dpo", "kto"]
-) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
-    """Prompt and answer of every sequence, column after column, and the columns' names."""
-    columns = _ANSWERS[method]
-    sequences = [
-        (prompt, answer)
-        for name in columns.values()
+def _entries(parts: Sequence[_Part], method: Literal["dpo", "kto"]) -> list[Entry]:
+    """Every prompt with the answers that are scored after it, in the order of `_ANSWERS`."""
+    columns = ("prompt_ids", *_ANSWERS[method].values())
+    return [
+        (prompt, answers)
         for part in parts
-        for prompt, answer in zip(
-            part.table.dataset["prompt_ids"], part.table.dataset[name], strict=True
-        )
+        for prompt, *answers in zip(*(part.table.dataset[name] for name in columns), strict=True)
     ]
-    return sequences, list(columns)
 
 
 def _log_probs(
-    context: StageContext[ReferenceConfig],
-    model: PreTrainedModel,
-    sequences: Sequence[tuple[list[int], list[int]]],
+    context: StageContext[ReferenceConfig], model: PreTrainedModel, entries: Sequence[Entry]
 ) -> np.ndarray:
-    """Log-probability of each answer after its prompt, of shape [sequences].
+    """Log-probability of each answer after its prompt, of shape [entries, answers].
 
-    Sequences of about the same length share a pass, so that little of it is padding: that makes it
-    cheaper than the same in each step of training.
+    Entries of about the same length share a pass, so that little of it is padding, and a prompt is
+    read once for its answers: that makes it cheaper than the same in each step of training.
     """
     import torch
 
     context.events.phase("scoring")
-    lengths = np.array([len(prompt) + len(answer) for prompt, answer in sequences])
-    order = np.argsort(-lengths, kind="stable")
-    # A pass of training reads two sequences a row.
-    width = 2 * context.config.micro_batch_size
-    found = np.zeros(len(sequences))
     dtype = resolve_dtype(context.config.dtype)
-    for first in range(0, len(order), width):
-        own = order[first : first + width]
-        with torch.inference_mode(), _computing_in(dtype, model.device):
-            found[own] = _pass(model, [sequences[number] for number in own])
-        done = first + len(own)
-        if first // width % 10 == 0 or done == len(order):
-            context.events.progress(done, len(order), unit="answer")
+    lengths = np.array([len(prompt) + sum(map(len, answers)) for prompt, answers in entries])
+    order = np.argsort(-lengths, kind="stable")
+    width = context.config.micro_batch_size
+    found = np.zeros((len(entries), len(_ANSWERS[context.config.method])))
+    with torch.inference_mode(), _computing_in(dtype, model.device):
+        score = _scorer(model, entries[order[-1]])
+        for first in range(0, len(order), width):
+            own = order[first : first + width]
+            found[own] = score(model, [entries[number] for number in own]).float().cpu().numpy()
+            done = first + len(own)
+            if first // width % 10 == 0 or done == len(order):
+                context.events.progress(done, len(order), unit="prompt")
     return found
 
 
-def _pass(model: PreTrainedModel, sequences: Sequence[tuple[list[int], list[int]]]) -> np.ndarray:
+def _scorer(
+    model: PreTrainedModel, shortest: Entry
+) -> Callable[[PreTrainedModel, Sequence[Entry]], torch.Tensor]:
+    """How the model is asked: several answers in a row where it is able to."""
+    from posttrain.train.branches import can_branch, score_branches
+
+    alone = _one_by_one(model, [shortest])
+    return score_branches if can_branch(model, shortest, alone[0]) else _one_by_one
+
+
+def _one_by_one(model: PreTrainedModel, entries: Sequence[Entry]) -> torch.Tensor:
+    """A sequence for each answer; of shape [entries, answers]."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    ids = [torch.tensor(prompt + answer) for prompt, answer in sequences]
-    labels = [torch.tensor([-100] * len(prompt) + answer) for prompt, answer in sequences]
+    sequences = [(prompt, answer) for prompt, answers in entries for answer in answers]
+    ids = [torch.tensor([*prompt, *answer]) for prompt, answer in sequences]
+    labels = [torch.tensor([-100] * len(prompt) + [*answer]) for prompt, answer in sequences]
     out = model(
         input_ids=pad_sequence(ids, batch_first=True).to(model.device),
         attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(
@@ -242,8 +248,8 @@ def _pass(model: PreTrainedModel, sequences: Sequence[tuple[list[int], list[int]
         use_cache=False,
         fused_lm_head=True,
     )
-    sums: np.ndarray = out.log_probs.sum(1).cpu().numpy()
-    return sums
+    sums: torch.Tensor = out.log_probs.sum(1)
+    return sums.view(len(entries), -1)
 
 
 def _computing_in(dtype: str, device: torch.device) -> torch.autocast:

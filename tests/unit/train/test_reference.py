@@ -3,9 +3,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 from posttrain.errors import DataError
+from posttrain.train.branches import can_branch, score_branches
+from posttrain.train.head import prefer_plain_head
 from posttrain.train.pairs import encode_marked, marked_table
 from tests.unit.train.pair_programs import (
     answers_stage_dir,
@@ -58,3 +61,41 @@ def test_a_reference_of_other_rows_is_refused(tiny_model: Path, tmp_path: Path) 
     stage_dir = answers_stage_dir(tmp_path / "dpo", "dpo", tiny_model, data, cached=folder)
     with pytest.raises(DataError, match="of other rows"):
         run_here("dpo", stage_dir)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_answers_that_share_a_row_are_scored_as_if_alone(window: int | None) -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=window,
+    )
+    model = MistralForCausalLM(config).eval()
+    prefer_plain_head()
+    add_fused_lm_head(model)
+    entries = [([5, 6, 7, 8, 9, 10, 11, 12], [[13, 14, 15], [16, 17]]), ([3], [[4], [5, 6, 7, 8]])]
+    with torch.inference_mode():
+        alone = [
+            [
+                float(
+                    model(torch.tensor([prompt + answer]))
+                    .logits[0, len(prompt) - 1 : -1]
+                    .log_softmax(-1)
+                    .gather(1, torch.tensor(answer)[:, None])
+                    .sum()
+                )
+                for answer in answers
+            ]
+            for prompt, answers in entries
+        ]
+        sums = torch.tensor(alone[0])
+        # A window counts positions in the row, and a branch's are not its own.
+        assert can_branch(model, entries[0], sums) == (window is None)
+        if window is None:
+            found = score_branches(model, entries)
+            assert found.tolist() == [pytest.approx(line, abs=1e-4) for line in alone]
