@@ -138,6 +138,7 @@ def _open_datasets(recipe: Recipe, store: Store, problems: list[Problem]) -> dic
         except DataError as error:
             problems.append(Problem(f"datasets.{name}.source", str(error)))
     problems += _mix_problems(recipe, families)
+    problems += _test_set_problems(recipe, families)
     return rows
 
 
@@ -200,6 +201,22 @@ def _mix_problems(recipe: Recipe, families: Mapping[str, RowFamily | None]) -> l
                 problems.append(Problem(f"stages[{position}].mix", message, fix))
                 break
     return problems
+
+
+def _test_set_problems(recipe: Recipe, families: Mapping[str, RowFamily | None]) -> list[Problem]:
+    """A test set needs prompts with reference answers."""
+    return [
+        Problem(
+            f"stages[{position}].evaluate.test_sets[{number}].dataset",
+            f"`{tests.dataset}` holds {families[tests.dataset]}, and a test set needs chats: "
+            "prompts with reference answers",
+            "use rows of prompt and completion, Alpaca, ShareGPT or messages",
+        )
+        for position, stage in enumerate(recipe.stages)
+        if isinstance(stage, EvaluateConfig)
+        for number, tests in enumerate(stage.test_sets)
+        if families.get(tests.dataset) not in (None, "chats")
+    ]
 
 
 def _benchmark_problems(recipe: Recipe) -> list[Problem]:

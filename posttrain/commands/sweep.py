@@ -32,8 +32,10 @@ def sweep(
         str | None,
         typer.Option(
             metavar="STAGE.METRIC",
-            help="The number that decides. Default: the held-out loss of the last training stage "
-            "that the keys change. Trials go no further than its stage.",
+            help="The number that decides, or the name of a gate: its largest improvement. Where a "
+            "gate decides on the number, only trials that pass it are chosen. Default: the "
+            "held-out loss of the last training stage that the keys change, or for keys of a merge "
+            "the gate. Trials go no further than they have to.",
         ),
     ] = None,
     maximize: Annotated[
@@ -58,11 +60,14 @@ def sweep(
 
     Stages before the first one that a key reaches are run once. Of keys such as a rank the smallest
     value within one standard error of the best is chosen. A sweep that was stopped goes on.
+
+    How far to go back towards the base, by the gate: --over merge.weight=0.3,0.5,0.7,0.9,1.0
     """
     from posttrain import cli
     from posttrain.home import Home
     from posttrain.run import console_observers
     from posttrain.sweeping.board import board, show_result
+    from posttrain.sweeping.gating import NothingPasses
     from posttrain.sweeping.plan import SweepRequest, plan_sweep
     from posttrain.sweeping.run import console_watchers
 
@@ -74,14 +79,19 @@ def sweep(
     console = _console(stderr=as_json)
     watch = board(console, plan)
     console_observers[:], console_watchers[:] = [watch], [watch]
+    rejected = False
     try:
         cli.run_sweep_flow(request, console, verbose)
+    except NothingPasses:
+        rejected = True
     finally:
         watch.close()
     if as_json:
         typer.echo(watch.record.model_dump_json(indent=2))
     else:
         show_result(console, watch.record, plan.folder(home.root))
+    if rejected:
+        raise typer.Exit(NothingPasses.exit_code)
 
 
 def _console(stderr: bool = False) -> Console:

@@ -12,37 +12,29 @@ the first, in the recipe's order, of all that cannot be told from the best.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import fmean
 
-from posttrain.evaluate import statistics
-from posttrain.evaluate.items import read_items, read_perplexity
-from posttrain.evaluate.pairing import paired_items
-from posttrain.evaluate.results import Comparison, EvaluationResults, Outcome, Verdict, Watched
-from posttrain.evaluate.verdict import judge, task_difference
+from posttrain.evaluate.results import Comparison, Outcome, Verdict
+from posttrain.evaluate.verdict import Candidate, Opponents, decide
+from posttrain.evaluate.versus import difference_on_the_whole
 from posttrain.recipe.gate import GateConfig
 
 
 def judge_several(
-    base: Path,
-    candidates: Mapping[str, Path],
-    config: GateConfig,
-    watched: Mapping[str, tuple[Watched, ...]],
+    opponents: Opponents, candidates: Mapping[str, Candidate], config: GateConfig
 ) -> Verdict:
-    """Compare evaluations with the base's and, where several pass, with each other.
+    """Compare candidates with base and champion and, where several pass, with each other.
 
     Args:
-        base: Evaluation of the base, as a folder.
-        candidates: Evaluations of the candidates by name, in the recipe's order.
+        opponents: What each of them is compared with.
+        candidates: By name, in the recipe's order.
         config: What is asked of each candidate.
-        watched: For each candidate, what was found by the stages that learned from rewards.
 
     Raises:
         DataError: two of them cannot be compared, or there is nothing to compare.
     """
-    verdicts = _judged(base, candidates, config, watched)
+    verdicts = _judged(opponents, candidates, config)
     passing = [name for name in candidates if verdicts[name].verdict == "pass"]
     comparisons: tuple[Comparison, ...] = ()
     choice = None
@@ -65,14 +57,15 @@ def judge_several(
         choice=choice,
         candidates=verdicts,
         comparisons=comparisons,
+        other_perplexities=shown.other_perplexities,
+        against=config.against,
+        win_rate=shown.win_rate,
+        champion=shown.champion,
     )
 
 
 def _judged(
-    base: Path,
-    candidates: Mapping[str, Path],
-    config: GateConfig,
-    watched: Mapping[str, tuple[Watched, ...]],
+    opponents: Opponents, candidates: Mapping[str, Candidate], config: GateConfig
 ) -> dict[str, Verdict]:
     """Holm's procedure: as long as a candidate passes, those left are judged less strictly."""
     verdicts: dict[str, Verdict] = {}
@@ -80,7 +73,7 @@ def _judged(
     while left:
         strict = _raised(config, len(left))
         for name in left:
-            verdicts[name] = judge(base, candidates[name], strict, watched.get(name, ()))
+            verdicts[name] = decide(opponents, candidates[name], strict)
         still = [name for name in left if verdicts[name].verdict != "pass"]
         if still == left:
             break
@@ -99,7 +92,8 @@ def _merit(verdict: Verdict) -> float:
     """Mean difference over the tasks; without tasks, the nats a token by which it is better."""
     if verdict.checks:
         return fmean(check.difference for check in verdict.checks)
-    return verdict.perplexity.difference if verdict.perplexity else 0.0
+    perplexities = [verdict.perplexity, *verdict.other_perplexities]
+    return next((check.difference for check in perplexities if check), 0.0)
 
 
 def _overall(outcomes: Sequence[Outcome]) -> Outcome:
@@ -123,7 +117,7 @@ def _reasons(
 
 
 def _compare(
-    best: str, other: str, candidates: Mapping[str, Path], config: GateConfig, others: int
+    best: str, other: str, candidates: Mapping[str, Candidate], config: GateConfig, others: int
 ) -> Comparison:
     """Two candidates on the same items.
 
@@ -131,55 +125,21 @@ def _compare(
     shared among all others that the best one is compared with (Bonferroni).
     """
     strict = _raised(config, 2 * others)
-    first, second = candidates[other], candidates[best]
-    tasks = EvaluationResults.load(first).tasks
-    if tasks:
-        pairs = paired_items(read_items(first), read_items(second))
-        over = f"{len(tasks)} task" if len(tasks) == 1 else f"the mean of {len(tasks)} tasks"
-        found = _mean([task_difference(task, pairs[task.task], strict) for task in tasks], strict)
-    else:
-        over = "held-out rows, in nats a token"
-        found = _of_rows(first, second, strict)
-    mean, low, high = found
-    better = low > 0
-    seen = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] over {over}"
+    first, second = candidates[other].evaluation, candidates[best].evaluation
+    found, over = difference_on_the_whole(first, second, strict)
+    if found is None:
+        raise ValueError(f"{best} and {other} passed on fewer rows than an interval needs")
+    better = found.low > 0
+    seen = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}] over {over}"
     sentence = f"{best} and {other} cannot be told apart: {seen}"
     if better:
         sentence = f"{best} is better than {other}: {seen}"
     return Comparison(
         best=best,
         other=other,
-        difference=mean,
-        low=low,
-        high=high,
+        difference=found.mean,
+        low=found.low,
+        high=found.high,
         better=better,
         sentence=sentence,
     )
-
-
-_Bounds = tuple[float, float, float]
-"""Mean, low, high."""
-
-
-def _mean(differences: Sequence[statistics.PairedDifference], config: GateConfig) -> _Bounds:
-    """Mean over tasks. Their items are other questions, so the variances of the means add up."""
-    if len(differences) == 1:
-        return differences[0].mean, differences[0].low, differences[0].high
-    mean = fmean(difference.mean for difference in differences)
-    error = math.hypot(*(difference.standard_error for difference in differences))
-    half = NormalDist().inv_cdf(config.confidence) * error / len(differences)
-    return mean, mean - half, mean + half
-
-
-def _of_rows(first: Path, second: Path, config: GateConfig) -> _Bounds:
-    """Held-out rows, of which there are enough: both candidates pass on them."""
-    before, after = read_perplexity(first), read_perplexity(second)
-    found = statistics.paired_nats(
-        [row.nats for row in before],
-        [row.nats for row in after],
-        [row.tokens for row in before],
-        confidence=config.confidence,
-        bootstrap_samples=config.bootstrap_samples,
-        seed=config.seed,
-    )
-    return found.mean, found.low, found.high

@@ -214,14 +214,18 @@ class RememberingLM:
         model = self._model()
         model.cache_hook = progress
         given = getattr(model, kind)([one.instance for one in portion], disable_tqdm=True)
-        reason = getattr(model, "fallback_reason", None)
-        if reason and not self._warned:
-            self._warned = True
-            self._events.warning(f"prompts that questions share are read each time: {reason}")
+        if kind != "generate_until":
+            self._warn_of_fallback(model)
         return {
             request.key: _to_answer(kind, answer)
             for request, answer in zip(portion, given, strict=True)
         }
+
+    def _warn_of_fallback(self, model: Any) -> None:
+        reason = getattr(model, "fallback_reason", None)
+        if reason and not self._warned:
+            self._warned = True
+            self._events.warning(f"what questions share is read again for each: {reason}")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ class EncodedRow:
 
     id: str
     encoded: Encoded
+    dataset: str = ""
+    """As in `PerplexityRow`."""
+    group: str = ""
 
 
 def score_rows(
@@ -63,13 +66,26 @@ def score_rows(
             nats=nats[index],
             tokens=row.encoded.trainable,
             bytes=_scored_bytes(tokenizer, row.encoded),
+            dataset=row.dataset,
+            group=row.group,
         )
         for index, row in enumerate(scored)
     ]
 
 
 def summarise(rows: Sequence[PerplexityRow]) -> PerplexityResult:
-    """Token-weighted perplexity and bits a byte over all rows, of which there is at least one."""
+    """Token-weighted perplexity and bits a byte over all rows, of which there is at least one.
+
+    Where the rows are of several groups, of each group as well, in the order of their names.
+    """
+    groups = sorted({row.group for row in rows})
+    if len(groups) == 1:
+        return _summary(rows)
+    by_group = {group: _summary([row for row in rows if row.group == group]) for group in groups}
+    return _summary(rows).model_copy(update={"groups": by_group})
+
+
+def _summary(rows: Sequence[PerplexityRow]) -> PerplexityResult:
     nats = math.fsum(row.nats for row in rows)
     tokens = sum(row.tokens for row in rows)
     size = sum(row.bytes for row in rows)

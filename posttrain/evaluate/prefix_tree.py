@@ -1,8 +1,8 @@
 """Token sequences as a tree of shared prefixes, and forward passes that read each branch once.
 
-A pass is a batch of rows. A row holds whole subtrees, one after the other, each in preorder, so that
-the tokens which may attend to the token at column `j` are those at columns `j` to `ends[j]`: its own
-subtree (the tree attention of Miao et al., SpecInfer, arXiv:2305.09781). What is too large for one
+A pass is a batch of rows. A row holds whole subtrees, one after the other, each in preorder, so
+that the tokens which may attend to the one at column `j` are those at columns `j` to `ends[j]`: its
+own subtree (tree attention: Miao et al., SpecInfer, arXiv:2305.09781). What is too large for one
 pass is cut: its first tokens are read on their own and kept, and what follows stands on them.
 """
 

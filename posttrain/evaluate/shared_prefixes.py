@@ -1,9 +1,9 @@
 """lm-eval's Hugging Face model, reading what several questions share only once.
 
 The answers to a multiple-choice question share its text, and few-shot questions their examples.
-`SharedPrefixLM` scores all requests of a call as one tree of tokens (`prefix_tree`): every branch of
-it is read once, several branches in one row behind a 4-D attention mask, and what is too large for
-one forward pass stands on a KV cache. Vocabulary logits are computed after scored tokens only.
+`SharedPrefixLM` scores all requests of a call as one tree of tokens (`prefix_tree`): each branch is
+read once, several branches in one row behind a 4-D attention mask, and what is too large for one
+forward pass stands on a KV cache. Logits are computed only where a token is scored.
 """
 
 from __future__ import annotations
@@ -151,16 +151,15 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             ends[number, :length] = torch.tensor(row.ends)
             scored[number, [target.column for target in row.targets]] = True
         cache = self._branch(kept, step) if step.past or step.keep else None
-        mask = _tree_mask(ends.to(self.device), step.past, self.model.dtype)
         with (
-            torch.inference_mode(),
+            torch.no_grad(),
             torch.autocast(
                 self.device.type, self.mixed_precision_dtype, bool(self.mixed_precision_dtype)
             ),
         ):
             output = self.model(
                 input_ids=tokens.to(self.device),
-                attention_mask=mask,
+                attention_mask=self._mask(ends.to(self.device), step.past),
                 position_ids=positions.to(self.device),
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -179,6 +178,22 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             layer.keys = layer.keys[..., : step.past, :].expand(len(step.rows), -1, -1, -1)
             layer.values = layer.values[..., : step.past, :].expand(len(step.rows), -1, -1, -1)
         return branch
+
+    def _mask(self, ends: torch.Tensor, past: int) -> torch.Tensor:
+        """What may be attended to, `[rows, 1, width, past + width]`, from `[rows, width]`.
+
+        As transformers makes it itself: true or false for `sdpa`, else added to the scores.
+        """
+        rows, width = ends.shape
+        columns = torch.arange(width, device=ends.device)
+        below = (columns[:, None] >= columns) & (columns[:, None] < ends[:, None, :])
+        seen = torch.cat([below.new_ones(rows, width, past), below], dim=-1)[:, None]
+        if self.model.config._attn_implementation == "sdpa":
+            return seen
+        dtype = self.model.get_input_embeddings().weight.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+            ~seen, torch.finfo(dtype).min
+        )
 
     def _scored(self, step: Pass, logits: torch.Tensor) -> list[tuple[int, float, bool]]:
         """Of each target: its query, log-probability, and whether no token is more probable."""
@@ -215,11 +230,9 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             found = [self._score(requests, budget, quiet) for budget in (7, 64)]
         except Exception as error:  # a model may refuse the mask, the cache or the head in any way
             return f"the model refuses what that takes ({type(error).__name__}: {error})"
-        expected = [self._plainly(context + continuation, continuation)
-                    for _, context, continuation in requests]  # fmt: skip
-        exact = self.model.dtype in (torch.float32, torch.float64) and not (
-            self.mixed_precision_dtype
-        )
+        expected = [self._plainly(request) for request in requests]
+        precise = (torch.float32, torch.float64)
+        exact = self.model.dtype in precise and self.mixed_precision_dtype is None
         difference = max(
             abs(ours - theirs) / (1 if exact else abs(theirs))
             for answers in found
@@ -231,10 +244,11 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             "" if exact else " of their size"
         )
 
-    def _plainly(self, whole: list[int], continuation: list[int]) -> float:
-        """Log-likelihood of the last tokens, the sequence read on its own by `HFLM`."""
-        logits = self._model_call(torch.tensor([whole[:-1]], device=self.device))[0]
-        scores = logits[-len(continuation) :].double().log_softmax(-1)
+    def _plainly(self, request: Request) -> float:
+        """Log-likelihood of a continuation, read on its own through `HFLM`'s call of the model."""
+        _, context, continuation = request
+        tokens = torch.tensor([(context + continuation)[:-1]], device=self.device)
+        scores = self._model_call(tokens)[0, -len(continuation) :].float().log_softmax(-1)
         asked = torch.tensor(continuation, device=scores.device)
         return float(scores.gather(-1, asked[:, None]).sum())
 
@@ -255,16 +269,6 @@ class _Tally:
     @property
     def answer(self) -> Answer:
         return self._sum, self._greedy
-
-
-def _tree_mask(ends: torch.Tensor, past: int, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to attention scores, `[rows, 1, width, past + width]`, from `[rows, width]`."""
-    rows, width = ends.shape
-    columns = torch.arange(width, device=ends.device)
-    seen = (columns[:, None] >= columns) & (columns[:, None] < ends[:, None, :])
-    mask = torch.zeros(rows, 1, width, past + width, dtype=dtype, device=ends.device)
-    mask[:, 0, :, past:].masked_fill_(~seen, torch.finfo(dtype).min)
-    return mask
 
 
 def _unfit(model: Any, backend: str) -> str | None:

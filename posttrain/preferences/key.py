@@ -66,6 +66,8 @@ class Key(BaseModel):
     sheets: str
     """Name of this set of sheets; stands in every row of every sheet."""
     question: str
+    guide: str = ""
+    """What counts as better, in words; stands on every sheet."""
     seed: int
     items: dict[str, Item]
     orders: dict[str, dict[str, Order]]

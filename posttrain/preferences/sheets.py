@@ -15,7 +15,7 @@ from typing import Literal
 from jinja2 import Environment, StrictUndefined, Template
 
 from posttrain.preferences.blinding import Order, assign, shown_as
-from posttrain.preferences.key import Item, Key, Turns, as_text, write_key
+from posttrain.preferences.key import NOTE, Item, Key, Turns, as_text, write_key
 from posttrain.store.files import write_bytes
 from posttrain.store.fingerprint import canonical_json
 
@@ -48,7 +48,14 @@ class Sheets:
 
 
 def make_key(
-    items: Sequence[Item], raters: int, overlap: float, seed: int, question: str = QUESTION
+    items: Sequence[Item],
+    raters: int,
+    overlap: float,
+    seed: int,
+    question: str = QUESTION,
+    *,
+    note: str = NOTE,
+    guide: str = "",
 ) -> Key:
     """Name the items, give them to raters, and draw which answer stands at A.
 
@@ -58,6 +65,8 @@ def make_key(
         overlap: Share of the items that all raters get.
         seed: Of the draws.
         question: What the raters are asked.
+        note: What the key says of itself.
+        guide: What counts as better, in words.
     """
     content = [item.model_dump(mode="json") for item in items]
     settings = canonical_json([content, raters, overlap, seed, question])
@@ -68,7 +77,15 @@ def make_key(
     names = [f"rater-{number}" for number in range(1, raters + 1)]
     proposed = {name: item.proposed for name, item in named.items()}
     orders = assign(proposed, names, overlap, seed)
-    return Key(sheets=sheets, question=question, seed=seed, items=named, orders=orders)
+    return Key(
+        note=note,
+        sheets=sheets,
+        question=question,
+        guide=guide,
+        seed=seed,
+        items=named,
+        orders=orders,
+    )
 
 
 def write_sheets(folder: Path, key: Key, sheet_format: Format) -> Sheets:
@@ -111,7 +128,9 @@ def html_sheet(key: Key, rater: str) -> bytes:
     """A rater's items as a page that needs no other file and no network."""
     items = [_shown(name, key.items[name], order) for name, order in key.orders[rater].items()]
     data = {"sheets": key.sheets, "rater": rater, "items": items}
-    page = _template().render(question=key.question, rater=rater, count=len(items), data=data)
+    page = _template().render(
+        question=key.question, guide=key.guide, rater=rater, count=len(items), data=data
+    )
     return page.encode()
 
 

@@ -84,7 +84,7 @@ class RewardJudge(Strict):
 
 
 class Endpoint(Strict):
-    """A model behind an OpenAI-compatible `/v1/chat/completions`. It is sent prompts and answers."""
+    """A model behind an OpenAI-compatible interface, which is sent prompts and answers."""
 
     url: str
     """Where the interface begins, such as `https://api.openai.com/v1` or `http://localhost:8000/v1`."""

@@ -29,6 +29,12 @@ class RegisterConfig(StageConfig):
     alias: Literal["challenger", "champion"] = "challenger"
     """`challenger`: a person promotes it later. `champion`: it takes the champion's place at once."""
 
+    license: str | None = None
+    """Licence of the model, for its card, such as `apache-2.0`. Default: not stated."""
+    licenses: dict[str, str] = {}
+    """Not for recipes: filled in with the `license` of each dataset that has one, so that one that
+    is added later gets into the card without anything being trained again."""
+
     @property
     def step_name(self) -> None:
         """`name` is the registered model's; the stage goes by its kind."""

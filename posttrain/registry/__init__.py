@@ -4,14 +4,17 @@ Nothing else in posttrain talks to MLflow's registry. Importing this package imp
 """
 
 from posttrain.registry.champions import Champion, find_champion, registered_fingerprints
+from posttrain.registry.entry import Entry
 from posttrain.registry.history import Alias, Change
 from posttrain.registry.judged import Judged, judged_by, judgement
-from posttrain.registry.registry import Moved, Registered, Registration, Registry, Version
+from posttrain.registry.records import Moved, Registered, Registration, Version
+from posttrain.registry.registry import Registry
 
 __all__ = [
     "Alias",
     "Champion",
     "Change",
+    "Entry",
     "Judged",
     "Moved",
     "Registered",

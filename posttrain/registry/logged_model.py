@@ -1,4 +1,4 @@
-"""MLflow's LoggedModel of an artifact: what a registered version points to. No weights are copied."""
+"""MLflow's LoggedModel of an artifact: what a version points to. No weights are copied."""
 
 from __future__ import annotations
 

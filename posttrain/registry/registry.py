@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
-
-from pydantic import BaseModel, ConfigDict
 
 from posttrain.errors import PosttrainError, StoreError, UsageError
 from posttrain.home import Home
@@ -27,109 +25,21 @@ from posttrain.registry.entry import (
     VERDICT,
     Entry,
 )
-from posttrain.registry.history import (
-    Action,
-    Alias,
-    Change,
-    champions,
-    moment_after,
-    read_history,
-    user_name,
-)
+from posttrain.registry.history import Alias, Change, read_history
 from posttrain.registry.logged_model import logged_model
+from posttrain.registry.moves import alias_of, move, override_tags, previous_champion
 from posttrain.registry.queries import all_models, model_named, version_of, versions_where
-from posttrain.store.files import write_json
+from posttrain.registry.records import Moved, Registered, Registration, Version
 from posttrain.store.locks import exclusive
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 LOCK = "registry.lock"
 """In the home: one change of the registry at a time."""
 
-
-@dataclass(frozen=True)
-class Version:
-    """One version of a registered model."""
-
-    name: str
-    number: int
-    aliases: tuple[str, ...]
-    fingerprint: str | None
-    """Of the model in the store; None for a version that posttrain did not register."""
-    recipe: str
-    verdict: str
-    """`pass`, `fail`, `not enough evidence` or `not judged`."""
-    compared_with: str
-    """The champion that the gate compared it with, if any."""
-    metrics: dict[str, str]
-    differences: dict[str, str]
-    """To the base, by task, with their bounds."""
-    override: str
-    """Why it took an alias though the gate did not pass it."""
-    registered: datetime
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A registered model."""
-
-    name: str
-    versions: int
-    champion: int | None
-    challenger: int | None
-    previous_champion: int | None
-    """Where a rollback would lead."""
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What became of an alias."""
-
-    name: str
-    alias: Alias
-    before: int | None
-    after: int
-    note: str = ""
-    """What a person should know before trusting it."""
-
-    @property
-    def sentence(self) -> str:
-        """Such as `champion of python-assistant: v3 (was v2)`."""
-        was = "there was none" if self.before is None else f"was v{self.before}"
-        was = "unchanged" if self.before == self.after else was
-        return f"{self.alias} of {self.name}: v{self.after} ({was})"
-
-
-class Registration(BaseModel):
-    """Content of `registration.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    version: int
-    alias: Alias
-    """The alias that the version has now. A champion that is registered again stays champion."""
-    before: int | None
-    """Version that had the alias."""
-    fingerprint: str
-    """Of the model in the store."""
-    digest: str
-    recipe: str
-    verdict: str
-    verdict_fingerprint: str | None
-    metrics: dict[str, float]
-    """Of the evaluation that the verdict is about."""
-    override: str
-    """Why it was registered though the gate did not pass it."""
-    note: str = ""
-
-    def save(self, folder: Path) -> None:
-        """Write `registration.json`."""
-        write_json(folder / "registration.json", self.model_dump(mode="json"))
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Registry:
@@ -203,17 +113,17 @@ class Registry:
             StoreError: the registry cannot be reached, or refuses.
         """
         override = _reason(override)
-        _check_weights(entry)
+        _check(name, entry)
         if not entry.passed and not override:
             raise PosttrainError(
                 f"{entry.model.fingerprint[:SHORT]} cannot be registered as {alias} of {name}: "
                 f"{_not_passed(entry.verdict)}; to register it all the same, say why: "
-                f'`posttrain registry add {entry.model.fingerprint[:SHORT]} --name {name} '
+                f"`posttrain registry add {entry.model.fingerprint[:SHORT]} --name {name} "
                 '--override "REASON"`'
             )
         with self._changing() as client:
             number = self._enter(client, name, entry, override)
-            moved = _move(client, name, number, alias, "register", override)
+            moved = move(client, name, number, alias, "register", override)
         judged = entry.judged
         return Registration(
             name=name,
@@ -252,7 +162,7 @@ class Registry:
                     f'{found.version} --override "REASON"`'
                 )
             number = int(found.version)
-            return _move(client, name, number, "champion", "promote", override)
+            return move(client, name, number, "champion", "promote", override)
 
     def rollback(self, name: str) -> Moved:
         """Make the previous champion the champion again.
@@ -263,17 +173,17 @@ class Registry:
         """
         with self._changing() as client:
             model = _known(client, name)
-            present = _alias(model, "champion")
+            present = alias_of(model, "champion")
             if present is None:
                 raise UsageError(
                     f"{name} has no champion to roll back from; `posttrain registry promote {name} "
                     "VERSION` makes one"
                 )
-            target = _previous(client, model)
+            target = previous_champion(client, model)
             if target is None:
                 raise UsageError(f"{name}: v{present} is the first champion; none was before it")
             self._check_there(target)
-            return _move(client, name, int(target.version), "champion", "rollback", "")
+            return move(client, name, int(target.version), "champion", "rollback", "")
 
     # Inside
 
@@ -298,7 +208,7 @@ class Registry:
 
     def _enter(self, client: MlflowClient, name: str, entry: Entry, override: str) -> int:
         """The version of a model, made or brought up to date."""
-        tags = entry.tags() | _override_tags(override)
+        tags = entry.tags() | override_tags(override)
         if model_named(client, name) is not None:
             same = f"name = '{name}' and tags.`{FINGERPRINT}` = '{entry.model.fingerprint}'"
             known = versions_where(client, same)
@@ -327,45 +237,6 @@ class Registry:
             )
 
 
-def _move(
-    client: MlflowClient, name: str, number: int, alias: Alias, action: Action, override: str
-) -> Moved:
-    """Give an alias to a version: record it first, so that nothing happens without a record."""
-    model = client.get_registered_model(name)
-    if alias == "challenger" and _alias(model, "champion") == number:
-        alias = "champion"  # it is more already
-    before = _alias(model, alias)
-    if before == number:
-        return Moved(name, alias, before, number)
-    history = read_history(model.tags)
-    change = Change(
-        at=moment_after(history),
-        who=user_name(),
-        action=action,
-        alias=alias,
-        before=before,
-        after=number,
-        override=override,
-    )
-    client.set_registered_model_tag(name, *change.tag)
-    for key, value in _override_tags(override).items():
-        client.set_model_version_tag(name, str(number), key, value)
-    client.set_registered_model_alias(name, alias, str(number))
-    if alias == "champion" and _alias(model, "challenger") == number:
-        client.delete_registered_model_alias(name, "challenger")
-    note = "" if alias == "challenger" or action == "rollback" else _note(client, name, number, before)
-    return Moved(name, alias, before, number, note)
-
-
-def _note(client: MlflowClient, name: str, number: int, before: int | None) -> str:
-    """Whether the gate compared the new champion with another one than it replaces."""
-    found = client.get_model_version(name, str(number))
-    seen, replaced = found.tags.get(AGAINST, ""), f"{name} v{before}"
-    if before is None or not seen or seen.endswith(replaced):
-        return ""
-    return f"the gate compared v{number} with {seen}, not with v{before}, which it replaces"
-
-
 def _update(
     client: MlflowClient, version: ModelVersion, tags: dict[str, str], description: str
 ) -> None:
@@ -381,13 +252,6 @@ def _update(
         client.update_model_version(name, number, description)
 
 
-def _override_tags(override: str) -> dict[str, str]:
-    if not override:
-        return {}
-    at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {OVERRIDE: override, f"{OVERRIDE}_by": user_name(), f"{OVERRIDE}_at": at}
-
-
 def _reason(override: str | None) -> str:
     if override is not None and not override.strip():
         raise UsageError("--override: say why, such as --override 'the drop is in one subject'")
@@ -400,7 +264,9 @@ def _not_passed(verdict: str) -> str:
     return f"the gate says `{verdict}`"
 
 
-def _check_weights(entry: Entry) -> None:
+def _check(name: str, entry: Entry) -> None:
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r}: a registered model's name has letters, digits and . _ - only")
     if entry.model.kind != "model":
         what = "an adapter" if entry.model.kind == "adapter" else f"a {entry.model.kind}"
         raise UsageError(
@@ -417,12 +283,10 @@ def _known(client: MlflowClient, name: str) -> RegisteredModel:
     return found
 
 
-def _wanted(
-    client: MlflowClient, name: str, version: int | Literal["challenger"]
-) -> ModelVersion:
+def _wanted(client: MlflowClient, name: str, version: int | Literal["challenger"]) -> ModelVersion:
     model = _known(client, name)
     if version == "challenger":
-        challenger = _alias(model, "challenger")
+        challenger = alias_of(model, "challenger")
         if challenger is None:
             raise UsageError(f"{name} has no challenger; name a version")
         version = challenger
@@ -433,29 +297,13 @@ def _wanted(
     return found
 
 
-def _previous(client: MlflowClient, model: RegisteredModel) -> ModelVersion | None:
-    """The champion before the present one, of those that were not deleted since."""
-    present = _alias(model, "champion")
-    line = champions(read_history(model.tags), present)
-    for number in reversed(line[:-1]):
-        found = None if number == present else version_of(client, model.name, number)
-        if found is not None:
-            return found
-    return None
-
-
-def _alias(model: RegisteredModel, alias: str) -> int | None:
-    number = model.aliases.get(alias)
-    return None if number is None else int(number)
-
-
 def _registered(client: MlflowClient, model: RegisteredModel) -> Registered:
-    previous = _previous(client, model)
+    previous = previous_champion(client, model)
     return Registered(
         name=model.name,
         versions=len(versions_where(client, f"name = '{model.name}'")),
-        champion=_alias(model, "champion"),
-        challenger=_alias(model, "challenger"),
+        champion=alias_of(model, "champion"),
+        challenger=alias_of(model, "challenger"),
         previous_champion=int(previous.version) if previous else None,
     )
 

@@ -1,7 +1,7 @@
-"""`evaluate`: benchmarks, held-out perplexity and sample answers of one model.
+"""`evaluate`: benchmarks, held-out perplexity, test sets and sample answers of one model.
 
 Output: `results.json`, `items.parquet`, `perplexity.parquet`, `samples.json`; equal inputs give
-equal bytes.
+equal bytes, whether or not some of the answers were known already.
 """
 
 from __future__ import annotations
@@ -9,29 +9,29 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from posttrain.errors import DataError
-from posttrain.evaluate.items import PerplexityRow, write_items, write_perplexity
+from posttrain.errors import DataError, ModelError
+from posttrain.evaluate.items import write_items, write_perplexity
 from posttrain.evaluate.offline import stay_local
 from posttrain.evaluate.results import (
     EvaluationResults,
-    PerplexityResult,
     Settings,
     TaskSettings,
     three_digits,
 )
 from posttrain.hardware import resolve_dtype
 from posttrain.recipe.evaluate import EvaluateConfig
-from posttrain.stages.program import StageContext, StageResult, run_program
+from posttrain.stages.program import StageContext, StageInput, StageResult, run_program
 from posttrain.store.files import write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from posttrain.data.prepared import PreparedDataset
     from posttrain.evaluate.harness import Benchmarks
-    from posttrain.evaluate.perplexity import EncodedRow
+    from posttrain.evaluate.language_models import RememberingLM, Weights
+    from posttrain.evaluate.test_sets import MeasuredTests
 
 PERPLEXITY_MAX_LENGTH = 1024
 """Longest held-out row that is scored, in tokens, as far as the model reads that far."""
@@ -41,39 +41,56 @@ def main(context: StageContext[EvaluateConfig]) -> StageResult:
     """Measure the input model with every item kept.
 
     Raises:
-        DataError: nothing to measure, or a benchmark that cannot be asked.
+        DataError: nothing to measure, or a benchmark or test set that cannot be asked.
         ModelError: the model cannot be loaded, or its chat template cannot write the rows.
     """
-    config = context.config
+    config, events, source = context.config, context.events, context.input("model")
     stay_local(config.offline_root)
-    dataset = _open_dataset(context)
-    if not config.tasks and dataset is None:
-        raise DataError("evaluate: nothing to measure; name `tasks`, a `dataset`, or both")
-    from posttrain.evaluate.harness import load_benchmarks, run_benchmarks
-    from posttrain.models import load_causal_lm, load_tokenizer
+    from posttrain.evaluate.held_out_rows import (
+        answer_samples,
+        open_held_out,
+        score_held_out,
+        summaries,
+    )
+    from posttrain.evaluate.language_models import Weights, check_backend
+
+    dataset, others = open_held_out(context.job.inputs, config)
+    datasets = [dataset, *others] if dataset else others
+    if not config.tasks and not config.test_sets and not datasets:
+        raise DataError(
+            "evaluate: nothing to measure; name `tasks`, `test_sets`, a `dataset`, or several"
+        )
+    from posttrain.evaluate.harness import ask_benchmarks, load_benchmarks
+    from posttrain.models import load_tokenizer
 
     # Before the model: a misspelt task should not cost the minutes that loading one takes.
-    benchmarks = load_benchmarks(_benchmarks(context, dataset))
-    context.events.phase("loading the model")
+    check_backend(config.backend, source)
+    benchmarks = load_benchmarks(_benchmarks(context, dataset.dataset if dataset else None))
     dtype = resolve_dtype(config.dtype)
-    tokenizer = load_tokenizer(context.input("model"))
-    model = load_causal_lm(context.input("model"), dtype)
-    max_length = _max_length(model)
+    tokenizer = load_tokenizer(source)
+    weights = Weights(source, dtype, events)
+    max_length = _max_length(source)
 
-    rows = _measure_rows(context, model, tokenizer, dataset, max_length)
-    _write_samples(context, model, tokenizer, dataset)
+    rows = score_held_out(datasets, weights, tokenizer, config, max_length, events)
+    samples = answer_samples(dataset, weights, tokenizer, config, events)
+    tests = _run_test_sets(context, weights, tokenizer)
     if config.tasks:
-        context.events.phase(f"asking {', '.join(config.tasks)}")
-    measured = run_benchmarks(model, tokenizer, benchmarks, config.batch_size, context.events)
+        events.phase(f"asking {', '.join(config.tasks)}")
+    # Last, as vLLM takes the GPU's memory for itself.
+    asked = ask_benchmarks(_language_model(context, weights, tokenizer, dtype), benchmarks)
 
-    write_items(context.output, measured.items)
+    write_items(context.output, [*asked.items, *tests.items])
     write_perplexity(context.output, rows)
-    settings = _settings(config, tokenizer, dtype, max_length, measured.settings)
+    write_json(context.output / "samples.json", [sample.model_dump() for sample in samples])
+    settings = _settings(config, tokenizer, dtype, max_length, asked.settings)
+    settings = settings.model_copy(update={"test_sets": tests.settings})
+    perplexity, other_perplexities = summaries(rows, dataset, others)
     results = EvaluationResults(
-        tasks=measured.results,
-        perplexity=_summary(rows),
+        tasks=(*asked.results, *tests.results),
+        perplexity=perplexity,
         settings=settings,
         settings_digest=settings.digest,
+        other_perplexities=other_perplexities,
     )
     results.save(context.output)
     return StageResult(
@@ -81,14 +98,6 @@ def main(context: StageContext[EvaluateConfig]) -> StageResult:
         headline=_headline(results),
         details=results.model_dump(mode="json"),
     )
-
-
-def _open_dataset(context: StageContext[EvaluateConfig]) -> PreparedDataset | None:
-    if "dataset" not in context.job.inputs:
-        return None
-    from posttrain.data.prepared import PreparedDataset
-
-    return PreparedDataset.open(Path(context.input("dataset").path))
 
 
 def _benchmarks(
@@ -145,66 +154,57 @@ def _write_own_tasks(
     return folder
 
 
-def _max_length(model: PreTrainedModel) -> int:
-    window = getattr(model.config, "max_position_embeddings", None) or PERPLEXITY_MAX_LENGTH
+def _max_length(source: StageInput) -> int:
+    from transformers import AutoConfig
+
+    folder = source.base or source.path
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: its config.json cannot be read: {error}") from error
+    window = getattr(config, "max_position_embeddings", None) or PERPLEXITY_MAX_LENGTH
     return min(PERPLEXITY_MAX_LENGTH, int(window))
 
 
-def _measure_rows(
+def _run_test_sets(
+    context: StageContext[EvaluateConfig], weights: Weights, tokenizer: PreTrainedTokenizerBase
+) -> MeasuredTests:
+    from posttrain.evaluate.test_sets import MeasuredTests, run_test_sets
+
+    if not context.config.test_sets:
+        return MeasuredTests((), (), ())
+    return run_test_sets(context, weights.load(), tokenizer)
+
+
+def _language_model(
     context: StageContext[EvaluateConfig],
-    model: PreTrainedModel,
+    weights: Weights,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: PreparedDataset | None,
-    max_length: int,
-) -> list[PerplexityRow]:
-    """Score the held-out rows; none without a dataset of chats or documents."""
-    from posttrain.evaluate.perplexity import score_rows
+    dtype: str,
+) -> RememberingLM:
+    """Who answers the benchmarks, with what this model has answered before."""
+    from posttrain.evaluate.item_cache import AnswerCache, Respondent
+    from posttrain.evaluate.language_models import RememberingLM, load_transformers, load_vllm
 
-    if dataset is None:
-        return []
-    if dataset.family not in ("chats", "documents"):
-        context.events.warning(f"no perplexity: rows of {dataset.family} have no one right text")
-        return []
-    context.events.phase("scoring held-out rows")
-    rows = _encode(tokenizer, dataset, context.config.max_perplexity_rows, max_length)
-    scored = score_rows(model, tokenizer, rows, context.config.batch_size, context.events)
-    if len(scored) < len(rows):
-        context.events.warning(f"{len(rows) - len(scored)} held-out rows have no token to score")
-    return scored
+    config, source, answers = context.config, context.input("model"), None
+    if context.job.cache is not None:
+        respondent = Respondent(
+            model=source.digest,
+            backend=config.backend,
+            dtype=dtype,
+            seed=config.seed,
+            lm_eval=importlib.metadata.version("lm_eval"),
+        )
+        folder = Path(context.job.cache) / "answers"
+        answers = AnswerCache(folder, respondent, context.events.warning)
 
+    def load() -> Any:
+        if config.backend == "vllm":
+            weights.release()
+            return load_vllm(source, dtype, config.seed)
+        return load_transformers(config.backend, weights.load(), tokenizer, config.batch_size)
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, dataset: PreparedDataset, limit: int, max_length: int
-) -> list[EncodedRow]:
-    from posttrain.data.rows import Chat, Document
-    from posttrain.evaluate.perplexity import EncodedRow
-    from posttrain.train.tokenize import encode_chat, encode_document
-
-    rows = []
-    for row in dataset.unseen(limit):
-        if isinstance(row, Chat):
-            rows.append(EncodedRow(row.id, encode_chat(tokenizer, row.messages, max_length)))
-        elif isinstance(row, Document):
-            rows.append(EncodedRow(row.id, encode_document(tokenizer, row.text, max_length)))
-    return rows
-
-
-def _write_samples(
-    context: StageContext[EvaluateConfig],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: PreparedDataset | None,
-) -> None:
-    from posttrain.data.rows import Chat, Document
-    from posttrain.evaluate.samples import answer_prompts
-
-    wanted = context.config.samples
-    rows = dataset.unseen(wanted.count) if dataset and wanted.count else []
-    answerable = [row for row in rows if isinstance(row, Chat | Document)]
-    if answerable:
-        context.events.phase("answering sample prompts")
-    samples = answer_prompts(model, tokenizer, answerable, wanted.max_new_tokens)
-    write_json(context.output / "samples.json", [sample.model_dump() for sample in samples])
+    return RememberingLM(load, context.events, seed=config.seed, answers=answers)
 
 
 def _settings(
@@ -225,13 +225,8 @@ def _settings(
         chat_template=hashlib.sha256(template.encode()).hexdigest() if template else None,
         perplexity_rows=config.max_perplexity_rows,
         perplexity_max_length=max_length,
+        backend=config.backend,
     )
-
-
-def _summary(rows: list[PerplexityRow]) -> PerplexityResult | None:
-    from posttrain.evaluate.perplexity import summarise
-
-    return summarise(rows) if rows else None
 
 
 def _metrics(results: EvaluationResults) -> dict[str, float]:
@@ -239,6 +234,9 @@ def _metrics(results: EvaluationResults) -> dict[str, float]:
     if results.perplexity:
         metrics["perplexity"] = results.perplexity.perplexity
         metrics["bits_per_byte"] = results.perplexity.bits_per_byte
+    for name, other in results.other_perplexities.items():
+        metrics[f"perplexity_{name}"] = other.perplexity
+        metrics[f"bits_per_byte_{name}"] = other.bits_per_byte
     return metrics
 
 
@@ -249,6 +247,8 @@ def _headline(results: EvaluationResults) -> str:
         parts.append(f"{task.task} {task.value:.3f}{error} (n={task.n})")
     if results.perplexity:
         parts.append(f"perplexity {three_digits(results.perplexity.perplexity)}")
+    for name, other in results.other_perplexities.items():
+        parts.append(f"perplexity on {name} {three_digits(other.perplexity)}")
     return ", ".join(parts)
 
 

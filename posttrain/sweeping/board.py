@@ -197,6 +197,8 @@ def trial_table(record: SweepRecord, skip: int | None = None) -> Table:
             continue
         mark = marks(record, trial)
         style = "bold green" if "chosen" in mark else styles.get(trial.status, "")
+        if trial.verdict not in (None, "pass"):
+            style = "yellow"
         name = f"{trial.number + 1} {mark}".rstrip()
         table.add_row(name, *map(Text, table_row(record, trial)), style=style)
     return table

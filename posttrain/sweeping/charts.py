@@ -121,6 +121,9 @@ def _point(trial: Trial, x: float, up: _Axis, *, chosen: bool) -> Markup:
     value, error = _value(trial), trial.standard_error
     y = up.place(value)
     text = f"{trial.label}: {value:.4f}"
+    kind = "complete" if trial.may_be_chosen else "rejected"
+    if trial.verdict not in (None, "pass"):
+        text += f", gate: {trial.verdict}"
     bar = Markup("")
     if error:
         low, high = up.place(value - error), up.place(value + error)
@@ -133,8 +136,9 @@ def _point(trial: Trial, x: float, up: _Axis, *, chosen: bool) -> Markup:
     if chosen:
         ring = Markup('<circle class="ring" cx="{:.1f}" cy="{:.1f}" r="10"/>').format(x, y)
     return Markup(
-        '<g><title>{}</title>{}{}<circle class="trial" cx="{:.1f}" cy="{:.1f}" r="4.5"/></g>'
-    ).format(text, bar, ring, x, y)
+        '<g class="{}"><title>{}</title>{}{}<circle class="trial" cx="{:.1f}" cy="{:.1f}" '
+        'r="4.5"/></g>'
+    ).format(kind, text, bar, ring, x, y)
 
 
 def _missing(trial: Trial, x: float) -> Markup:

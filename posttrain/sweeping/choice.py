@@ -120,8 +120,11 @@ def seeds_standard_error(values: Sequence[float], best: Sequence[float]) -> floa
 
 
 def best_trial(trials: Sequence[Trial], maximize: bool) -> Trial | None:
-    """The complete trial with the best objective, the earliest among equals."""
-    complete = [(trial.value, trial) for trial in trials if trial.value is not None]
+    """The complete trial with the best objective, the earliest among equals.
+
+    Where there is a gate, of those that pass it.
+    """
+    complete = [(t.value, t) for t in trials if t.may_be_chosen and t.value is not None]
     if not complete:
         return None
     pick = max if maximize else min
@@ -162,7 +165,7 @@ def on_other_rows(trials: Sequence[Trial]) -> bool:
 
 
 def choose(trials: Sequence[Trial], maximize: bool) -> Pick | None:
-    """Apply the rule; None when no trial is complete.
+    """Apply the rule; None when no trial is complete, or none passes the gate.
 
     Where the rule does not apply (no swept key has a simpler end, or no standard error is known)
     the best trial is chosen and the reason says so. With several keys that have one, no value may
@@ -179,15 +182,16 @@ def choose(trials: Sequence[Trial], maximize: bool) -> Pick | None:
     if not ordered:
         keys = " and ".join(key.rpartition(".")[2] for key in best.values)
         reason = (
-            f"the best; the rule of one standard error does not apply, because of {keys} no value "
-            "makes a simpler model than another"
+            f"{_the_best(trials)}; the rule of one standard error does not apply, because of "
+            f"{keys} no value makes a simpler model than another"
         )
         return Pick(best.number, best.number, "best", reason)
-    others = [trial for trial in trials if trial.value is not None and trial != best]
+    others = [trial for trial in trials if trial.may_be_chosen and trial != best]
     if others and all(trial.standard_error is None for trial in others):
         reason = (
-            "the best; the rule of one standard error cannot be applied, because no standard error "
-            f"is known (it needs {HELD_OUT_ROWS} of the same rows from every trial, or --seeds)"
+            f"{_the_best(trials)}; the rule of one standard error cannot be applied, because no "
+            f"standard error is known (it needs {HELD_OUT_ROWS} of the same rows from every trial, "
+            "or --seeds)"
         )
         return Pick(best.number, best.number, "best", reason)
     near = [best, *(trial for trial in others if _within_one(trial))]
@@ -199,6 +203,17 @@ def choose(trials: Sequence[Trial], maximize: bool) -> Pick | None:
 
     chosen = min(smaller, key=simplest)
     return Pick(chosen.number, best.number, "one standard error", _why(chosen, best, ordered))
+
+
+def _the_best(trials: Sequence[Trial]) -> str:
+    if all(trial.verdict is None for trial in trials):
+        return "the best"
+    passing = sum(trial.may_be_chosen for trial in trials)
+    return (
+        "the only one that passes the gate"
+        if passing == 1
+        else (f"the best of the {passing} that pass the gate")
+    )
 
 
 def _why(chosen: Trial, best: Trial, ordered: Sequence[str]) -> str:
@@ -256,12 +271,12 @@ def _over_rows(trial: Trial, best: Trial) -> float | None:
 
 
 def with_comparisons(trials: Sequence[Trial], maximize: bool, *, rows: bool) -> tuple[Trial, ...]:
-    """The trials with `difference` and `standard_error` to the best of them."""
+    """The trials with `difference` and `standard_error` to the best of those to choose from."""
     best = best_trial(trials, maximize)
     found = []
     for trial in trials:
         update: Mapping[str, float | None] = {"difference": None, "standard_error": None}
-        if best is not None and trial.value is not None:
+        if best is not None and trial.may_be_chosen:
             compared = compare(trial, best, maximize=maximize, rows=rows)
             update = {
                 "difference": compared.difference,

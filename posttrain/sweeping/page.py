@@ -28,6 +28,7 @@ def page_html(record: SweepRecord) -> str:
         charts=[key_chart(record, key) for key in record.keys] if known else [],
         curves=curve_chart(record),
         chosen=label(record.choice.values) if record.choice else None,
+        headline=headline(record),
         ended=len(record.trials),
         state=state_line(record),
     )
@@ -82,13 +83,16 @@ def marks(record: SweepRecord, trial: Trial) -> str:
 def ending(trial: Trial) -> str:
     """How a trial ended, in a few words."""
     if trial.status == "complete":
-        return "reused" if trial.reused else "complete"
+        gate = {None: "", "pass": "passes, "}.get(trial.verdict, f"gate: {trial.verdict}, ")
+        return gate + ("reused" if trial.reused else "complete")
     first = trial.message.splitlines()[0] if trial.message else ""
     return f"{trial.status}: {first}" if first else trial.status
 
 
 def headline(record: SweepRecord) -> str:
     """The one thing a person wants to know."""
+    if record.choice is None and any(trial.value is not None for trial in record.trials):
+        return "None of the trials passes the gate."
     if record.choice is None:
         return "No trial has come to its end yet."
     return f"Take {label(record.choice.values)}: {record.choice.reason}."
@@ -98,15 +102,19 @@ def state_line(record: SweepRecord) -> str:
     """How many trials ended, and how."""
     counts = {
         "complete": _count(record.trials, "complete"),
+        "not passed by the gate": sum(
+            trial.verdict not in (None, "pass") for trial in record.trials
+        ),
         "given up early": _count(record.trials, "pruned"),
         "failed": _count(record.trials, "failed"),
     }
     ended = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     seeds = f", {record.seeds} seeds each" if record.seeds > 1 else ""
+    gate = f" among those that pass {record.gate}" if record.gate else ""
     once = f" Run once for all: {', '.join(record.shared)}." if record.shared else ""
     return (
         f"{len(record.trials)} of {record.planned} trials{seeds}: {ended or 'none yet'}. "
-        f"{'Highest' if record.maximize else 'Lowest'} {record.objective} is best.{once}"
+        f"{'Highest' if record.maximize else 'Lowest'} {record.objective} is best{gate}.{once}"
     )
 
 

@@ -16,6 +16,7 @@ from posttrain.recipe import TrainingConfig, result_config
 from posttrain.recipe.load import load_recipe
 from posttrain.store import Store
 from posttrain.store.fingerprint import canonical_json
+from posttrain.sweeping.gating import IMPROVEMENT, gate_on, last_gate
 from posttrain.sweeping.space import Point, Space, override, parse_space
 
 HELD_OUT_LOSS = "held_out_loss"
@@ -36,8 +37,9 @@ class SweepRequest:
     overrides: tuple[str, ...] = ()
     """What follows each `--set`."""
     metric: str | None = None
-    """`STAGE.METRIC`. Default: the held-out loss of the last training stage whose own settings the
-    keys change, or else of the first one that depends on them."""
+    """`STAGE.METRIC`, or a gate's name: its improvement. Default: the held-out loss of the last
+    training stage whose own settings the keys change, or else of the first one that depends on
+    them, or else the gate after the merge that they change."""
     maximize: bool = False
     """Whether more of the metric is better."""
     trials: int | None = None
@@ -55,6 +57,8 @@ class Objective:
     step: str
     metric: str
     maximize: bool = False
+    gate: str | None = None
+    """The gate that a trial has to pass to be chosen."""
 
     @property
     def name(self) -> str:
@@ -65,6 +69,11 @@ class Objective:
     def is_held_out_loss(self) -> bool:
         """Whether held-out losses while training foretell it, and rows give it an error."""
         return self.metric == HELD_OUT_LOSS and not self.maximize
+
+    @property
+    def ends(self) -> frozenset[str]:
+        """The steps that a trial has to reach."""
+        return frozenset({self.step, self.gate} - {None})
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class SweepPlan:
             RecipeError: the values do not go together, or the recipe has changed meanwhile.
         """
         overrides = [*self.request.overrides, *self.overrides_of(point, seed)]
-        return _up_to(open_pipeline(self.request.file, overrides, store), self.objective.step)
+        return _up_to(open_pipeline(self.request.file, overrides, store), self.objective)
 
     def own_steps(self, pipeline: Pipeline) -> list[Step]:
         """The steps that a trial has for itself."""
@@ -148,7 +157,7 @@ def plan_sweep(request: SweepRequest, store: Store) -> SweepPlan:
     objective = _objective(base, changed, request)
     for key in space.keys:
         _check_reaches(key, variants.changed_by(key), objective, variants.pipelines)
-    pipeline, reached = _up_to(base, objective.step), _and_after(base, changed)
+    pipeline, reached = _up_to(base, objective), _and_after(base, changed)
     seed_keys = _seed_keys(base, [s.name for s in pipeline.steps if s.name in reached])
     if request.seeds > 1 and not seed_keys:
         raise UsageError("--seeds: no stage that the keys reach has a seed")
@@ -163,13 +172,13 @@ def plan_sweep(request: SweepRequest, store: Store) -> SweepPlan:
     )
 
 
-def needed_steps(pipeline: Pipeline, objective: str) -> list[Step]:
-    """The objective's step and all before it that it depends on, in order.
+def needed_steps(pipeline: Pipeline, objective: Objective) -> list[Step]:
+    """The objective's step, its gate, and all before them that they depend on, in order.
 
     A preflight is nobody's input and belongs to them all the same: it stops a run that is bound
     to fail before its first long stage.
     """
-    wanted = {objective}
+    wanted = set(objective.ends)
     for _ in pipeline.steps:
         wanted |= {
             name for step in pipeline.steps if step.name in wanted for name in step.waits_for()
@@ -181,7 +190,7 @@ def needed_steps(pipeline: Pipeline, objective: str) -> list[Step]:
     ]
 
 
-def _up_to(pipeline: Pipeline, objective: str) -> Pipeline:
+def _up_to(pipeline: Pipeline, objective: Objective) -> Pipeline:
     return Pipeline(pipeline.recipe, tuple(needed_steps(pipeline, objective)))
 
 
@@ -249,25 +258,39 @@ def _and_after(pipeline: Pipeline, names: set[str]) -> set[str]:
 def _objective(base: Pipeline, changed: set[str], request: SweepRequest) -> Objective:
     metric = request.metric
     if metric is not None:
-        step, dot, name = metric.partition(".")
-        names = [step.name for step in base.steps]
-        if not dot or not name or step not in names:
-            raise UsageError(
-                f"--metric {metric}: write STAGE.METRIC, such as sft.held_out_loss; the stages "
-                f"are {', '.join(names)}"
-            )
-        return Objective(step, name, request.maximize)
+        return _named_objective(base, metric, request.maximize)
     if request.maximize:
         raise UsageError("--maximize: name the metric to be maximised with --metric STAGE.METRIC")
     training = [step.name for step in base.steps if isinstance(step.config, TrainingConfig)]
     own = [name for name in training if name in changed]
     after = [name for name in training if name in _and_after(base, changed)]
+    merges = any(base.step(name).stage == "merge" for name in changed if _has(base, name))
+    gate = last_gate(base)
+    if not after and merges and gate in _and_after(base, changed):
+        return _named_objective(base, str(gate), maximize=True)
     if not after:
         raise UsageError(
             "no training stage depends on the swept keys; name the number to go by with "
             "--metric STAGE.METRIC"
         )
     return Objective(own[-1] if own else after[0], HELD_OUT_LOSS)
+
+
+def _named_objective(base: Pipeline, metric: str, maximize: bool) -> Objective:
+    step, dot, name = metric.partition(".")
+    names = [step.name for step in base.steps]
+    if step in names and not dot and base.step(step).stage == "gate":
+        return Objective(step, IMPROVEMENT, maximize=True, gate=step)
+    if not name or step not in names:
+        raise UsageError(
+            f"--metric {metric}: write STAGE.METRIC, such as sft.held_out_loss, or the name of a "
+            f"gate; the stages are {', '.join(names)}"
+        )
+    return Objective(step, name, maximize, gate_on(base, step))
+
+
+def _has(pipeline: Pipeline, name: str) -> bool:
+    return any(step.name == name for step in pipeline.steps)
 
 
 def _check_points(space: Space, request: SweepRequest) -> None:
@@ -291,14 +314,12 @@ def _check_reaches(
     key: str, changed: set[str], objective: Objective, pipelines: Sequence[Pipeline]
 ) -> None:
     for pipeline in pipelines:
-        if objective.step not in {step.name for step in pipeline.steps}:
+        if not objective.ends <= {step.name for step in pipeline.steps}:
             raise UsageError(
                 f"--over {key}: `{objective.step}`, whose {objective.metric} decides, is not in "
                 "the recipe with every value"
             )
-    needed = {
-        step.name for pipeline in pipelines for step in needed_steps(pipeline, objective.step)
-    }
+    needed = {step.name for pipeline in pipelines for step in needed_steps(pipeline, objective)}
     if not changed & needed:
         instead = f"it changes {', '.join(sorted(changed))}" if changed else "it changes no result"
         raise UsageError(

@@ -8,12 +8,15 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from posttrain.errors import StoreError
+from posttrain.evaluate.results import Outcome
 from posttrain.store.files import write_json
 from posttrain.sweeping.space import label
 
 RECORD = "sweep.json"
 
 TrialStatus = Literal["complete", "pruned", "failed"]
+
+_FROM_BEST: tuple[Outcome, ...] = ("pass", "not enough evidence", "fail")
 
 
 class _Frozen(BaseModel):
@@ -47,6 +50,8 @@ class TrialRun(_Frozen):
     """Of the artifact that the objective is a metric of, or would have been."""
     artifact: str | None = None
     """Its folder."""
+    verdict: Outcome | None = None
+    """Of the gate that has to be passed; None without one."""
     losses: tuple[Loss, ...] = ()
     """Held-out losses while training, by step."""
     seconds: float = 0.0
@@ -74,6 +79,17 @@ class Trial(_Frozen):
     def label(self) -> str:
         """`rank=8`."""
         return label(self.values)
+
+    @property
+    def verdict(self) -> Outcome | None:
+        """Of the gate: the worst over the seeds; None without one."""
+        found = [run.verdict for run in self.runs if run.verdict is not None]
+        return max(found, key=_FROM_BEST.index) if found else None
+
+    @property
+    def may_be_chosen(self) -> bool:
+        """Whether it came to its end and passes the gate, if there is one."""
+        return self.value is not None and self.verdict in (None, "pass")
 
     @property
     def losses(self) -> tuple[Loss, ...]:
@@ -123,6 +139,8 @@ class SweepRecord(_Frozen):
     objective: str
     """`STAGE.METRIC`."""
     maximize: bool = False
+    gate: str | None = None
+    """The gate that a trial has to pass to be chosen."""
     seeds: int = 1
     planned: int
     """Trials in all."""

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.errors import PosttrainError, RecipeError, StageFailed, UsageError
+from posttrain.errors import PosttrainError, RecipeError, StageFailed
 from posttrain.execute import StageObserver
 from posttrain.home import Home
 from posttrain.pipeline import Pipeline
@@ -19,7 +19,8 @@ from posttrain.store.files import write_bytes
 from posttrain.store.locks import exclusive
 from posttrain.sweeping import study
 from posttrain.sweeping.choice import Pick, choose, on_other_rows, with_comparisons
-from posttrain.sweeping.page import PAGE, page_html, table_markdown
+from posttrain.sweeping.gating import NothingPasses, measure
+from posttrain.sweeping.page import PAGE, headline, page_html, table_markdown
 from posttrain.sweeping.plan import SweepPlan
 from posttrain.sweeping.record import (
     RECORD,
@@ -88,6 +89,8 @@ class SweepRun(PipelineRun):
         """Numbers of the trials that this attempt has run or found."""
         self._earlier: dict[int, Trial] = {}
         self._kept: dict[str, str] = {}
+        self._what = ""
+        """What the objective counts, once a trial has said so."""
         self._held = ExitStack()
 
     def __enter__(self) -> SweepRun:
@@ -168,9 +171,12 @@ class SweepRun(PipelineRun):
         """The choice among the trials.
 
         Raises:
+            NothingPasses: none of them passes the gate.
             PosttrainError: no trial came to its end.
         """
         if self.result.choice is None:
+            if any(trial.value is not None for trial in self.result.trials):
+                raise NothingPasses(headline(self.result))
             last = next((t.message for t in reversed(self.result.trials) if t.message), "")
             raise PosttrainError(f"no trial of the sweep came to its end; the last one: {last}")
         return self.result.choice
@@ -266,24 +272,18 @@ class SweepRun(PipelineRun):
     def _with_result(self, run: TrialRun, trial: TrialPipeline) -> TrialRun:
         """What the artifacts of a complete trial say, whenever they were made."""
         own = [trial.outcomes[step.name] for step in self.plan.own_steps(trial.pipeline)]
-        artifact = trial.artifacts[self.plan.objective.step]
+        objective = self.plan.objective
+        found = measure(objective.step, objective.metric, objective.gate, trial.artifacts)
+        self._what = found.what
         return run.model_copy(
             update={
                 "reused": all(outcome.status == "reused" for outcome in own),
-                "value": self._objective_of(artifact),
-                "artifact": str(artifact.path),
+                "value": found.value,
+                "verdict": found.verdict,
+                "artifact": str(trial.artifacts[objective.step].path),
                 "seconds": round(sum(o.artifact.manifest.seconds for o in own), 1),
             }
         )
-
-    def _objective_of(self, artifact: Artifact) -> float:
-        objective, metrics = self.plan.objective, artifact.manifest.metrics
-        if objective.metric not in metrics:
-            known = ", ".join(metrics) or "none"
-            raise UsageError(
-                f"--metric {objective.name}: `{objective.step}` has no such metric; it has: {known}"
-            )
-        return metrics[objective.metric]
 
     def _keep(self, trial: Trial) -> None:
         """Put the trial on record, choose anew, and write both files."""
@@ -299,7 +299,7 @@ class SweepRun(PipelineRun):
             update={
                 "trials": compared,
                 "choice": self._choice(pick, compared) if pick else None,
-                "notes": _notes(compared),
+                "notes": _notes(compared, objective.name, self._what),
             }
         )
         self.result.write(self.folder)
@@ -354,15 +354,16 @@ def new_record(plan: SweepPlan) -> SweepRecord:
         keys=plan.space.keys,
         objective=plan.objective.name,
         maximize=plan.objective.maximize,
+        gate=plan.objective.gate,
         seeds=plan.request.seeds,
         planned=plan.trials,
         shared=plan.shared,
     )
 
 
-def _notes(trials: Sequence[Trial]) -> tuple[str, ...]:
+def _notes(trials: Sequence[Trial], objective: str, what: str) -> tuple[str, ...]:
     """What a reader of the table should know."""
-    notes = []
+    notes = [f"{objective}: {what}."] if what else []
     if on_other_rows(trials):
         notes.append(
             "The trials were measured on different held-out rows or tokens: their losses cannot be "

@@ -103,11 +103,14 @@ def _frozen(trial: Trial, space: Space | None) -> FrozenTrial:
     from optuna.trial import TrialState, create_trial
 
     states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
+    # Where the gate says no, however good the number, is no place to look again: the estimator
+    # takes what was pruned without a look at its losses for worse than all that came to an end.
+    status = "pruned" if trial.value is not None and not trial.may_be_chosen else trial.status
     params = {}
     if space is not None:
         params = {axis.key: _parameter(axis, trial.values) for axis in space.axes}
     return create_trial(
-        state=states.get(trial.status, TrialState.FAIL),
+        state=states.get(status, TrialState.FAIL),
         value=trial.value,
         params=params,
         distributions=_distributions(space) if space else {},

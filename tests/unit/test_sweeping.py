@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from posttrain.errors import RecipeError, StoreError, UsageError
+from posttrain.evaluate.results import Check, PerplexityCheck, Verdict
 from posttrain.events import Progress, Values, Warn
 from posttrain.pipeline import BoundStep
 from posttrain.store import Store
@@ -31,6 +32,7 @@ from posttrain.sweeping.choice import (
     seeds_standard_error,
     with_comparisons,
 )
+from posttrain.sweeping.gating import improvement
 from posttrain.sweeping.page import page_html, table_markdown
 from posttrain.sweeping.plan import SweepPlan, SweepRequest, plan_sweep
 from posttrain.sweeping.record import (
@@ -199,8 +201,27 @@ def test_what_is_swept_before_all_training_is_judged_by_the_first_training_after
 
 
 def test_a_named_metric_takes_the_trials_as_far_as_its_stage(plan: Plan) -> None:
-    made = plan(f"{RANK}=4,8", metric="evaluate.perplexity", maximize=False)
-    assert own_steps(made) == ["sft", "merge", "evaluate"]
+    made = plan(f"{RANK}=4,8", metric="merge.max_logit_difference", maximize=False)
+    assert own_steps(made) == ["sft", "merge"]
+    assert made.objective.gate is None
+
+
+def test_where_a_gate_decides_on_the_metric_the_trials_have_to_pass_it(plan: Plan) -> None:
+    made = plan(f"{RANK}=4,8", metric="evaluate.perplexity")
+    assert (made.objective.name, made.objective.gate) == ("evaluate.perplexity", "gate")
+    assert own_steps(made) == ["sft", "merge", "evaluate", "gate"]
+
+
+def test_the_weight_of_an_interpolation_is_swept_by_the_gate_and_nothing_is_trained_twice(
+    plan: Plan,
+) -> None:
+    overrides = ["merge.method=interpolate"]
+    made = plan("merge.weight=0.3,0.7,1.0", overrides=overrides)
+    assert (made.objective.name, made.objective.maximize) == ("gate.improvement", True)
+    assert {"pretrain", "sft", "evaluate-base"} <= set(made.shared)
+    assert own_steps(made) == ["merge", "evaluate", "gate"]
+    named = plan("merge.weight=0.3,0.7,1.0", overrides=overrides, metric="gate")
+    assert named.digest == made.digest
 
 
 def test_seeds_are_those_of_the_stages_that_are_not_shared(plan: Plan) -> None:
@@ -241,6 +262,108 @@ def test_mistakes_are_found_before_the_first_trial(
 ) -> None:
     with pytest.raises((UsageError, RecipeError), match=re.escape(complaint)):
         plan(over, **options)
+
+
+# By the gate
+
+
+def verdict(outcome: Any, **changes: Any) -> Verdict:
+    empty = {"reasons": (), "checks": (), "perplexity": None, "max_drop": 0.02, "confidence": 0.95}
+    return Verdict(verdict=outcome, **{**empty, **changes})
+
+
+def check(task: str, difference: float, requirement: Any = "must_not_drop") -> Check:
+    return Check(
+        task=task,
+        metric="acc",
+        base=0.5,
+        candidate=0.5 + difference,
+        difference=difference,
+        low=difference - 0.01,
+        high=difference + 0.01,
+        n=100,
+        p_worse=0.5,
+        mcnemar_p=None,
+        smallest_detectable_drop=0.02,
+        items_needed=None,
+        verdict="pass",
+        sentence=task,
+        requirement=requirement,
+    )
+
+
+PERPLEXITY = PerplexityCheck(
+    requirement="must_improve",
+    base=12.0,
+    candidate=9.0,
+    difference=0.29,
+    low=0.2,
+    high=0.4,
+    rows=24,
+    p_worse=0.0,
+    verdict="pass",
+    sentence="perplexity",
+)
+
+
+@pytest.mark.parametrize(
+    ("found", "value", "what"),
+    [
+        (verdict("pass", checks=(check("mmlu", 0.1), check("mine", 0.3, "must_improve")),
+                 perplexity=PERPLEXITY), 0.3, "mean gain on mine"),
+        (verdict("fail", checks=(check("mmlu", 0.1),), perplexity=PERPLEXITY), 0.29,
+         "nats a token saved on held-out rows"),
+        (verdict("pass", checks=(check("mmlu", 0.1), check("arc", 0.2))), 0.15,
+         "mean gain on mmlu, arc"),
+    ],
+)  # fmt: skip
+def test_an_improvement_is_what_had_to_improve_else_perplexity_else_all_tasks(
+    found: Verdict, value: float, what: str
+) -> None:
+    assert improvement(found).value == pytest.approx(value)
+    assert improvement(found).what == what
+
+
+def test_the_largest_improvement_is_chosen_among_those_that_pass_the_gate() -> None:
+    outcomes = ("pass", "pass", "not enough evidence", "fail")
+    trials = [gated(number, 0.1 * (number + 1), outcome) for number, outcome in enumerate(outcomes)]
+    compared = with_comparisons(trials, maximize=True, rows=False)
+    pick = choose(compared, maximize=True)
+    assert pick is not None
+    assert (pick.number, pick.best) == (1, 1)
+    assert pick.reason.startswith("the best of the 2 that pass the gate")
+    assert [one.difference for one in compared[2:]] == [None, None]
+
+
+def gated(number: int, value: float, outcome: Any) -> Trial:
+    made = trial(number, value, key="merge.weight", at=0.2 * (number + 1))
+    runs = tuple(run.model_copy(update={"verdict": outcome}) for run in made.runs)
+    return made.model_copy(update={"runs": runs})
+
+
+def test_where_nothing_passes_nothing_is_chosen_and_every_page_says_so() -> None:
+    trials = [gated(0, 0.3, "fail"), gated(1, 0.4, "not enough evidence")]
+    compared = with_comparisons(trials, maximize=True, rows=False)
+    assert choose(compared, maximize=True) is None
+    made = record(compared, keys=["merge.weight"])
+    made = made.model_copy(update={"choice": None, "gate": "gate", "maximize": True})
+    for text in (page_html(made), table_markdown(made)):
+        assert "None of the trials passes the gate." in text
+        assert "gate: fail" in text
+        assert "gate: not enough evidence" in text
+        assert "2 not passed by the gate" in text
+
+
+def test_no_draw_goes_back_to_where_the_gate_said_no() -> None:
+    space = parse_space(["merge.weight=0.0..1.0"])
+    trials: list[Trial] = []
+    for number in range(40):
+        values = propose(space, trials, maximize=True)
+        weight = float(str(values["merge.weight"]))
+        made = gated(number, weight, "pass" if weight < 0.6 else "fail")
+        trials.append(made.model_copy(update={"values": dict(values)}))
+    late = [float(str(one.values["merge.weight"])) for one in trials[20:]]
+    assert sum(weight < 0.6 for weight in late) > 0.6 * len(late)
 
 
 # What is drawn and given up

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posttrain.data.rows import Messages, Row, content_digest, plain_messages
+from posttrain.data.rows import Messages, Row, plain_messages
 from posttrain.errors import DataError
 from posttrain.evaluate.judging.pairs import Pair, Written
 from posttrain.hardware import ResolvedDType, gpu_names
@@ -73,7 +73,7 @@ def draw_prompts(
         DataError: there is no such row.
         ModelError: a model has no chat template, or it cannot write a prompt.
     """
-    unlike = {}
+    unlike: dict[str, Row] = {}
     for row in rows:
         if prompt_of(row):
             content = canonical_json([seed, plain_messages(prompt_of(row))])
@@ -96,7 +96,7 @@ def pair_answers(
     """The answers to each row's prompt, side by side."""
     return [
         Pair(
-            id=f"{row.id}-{content_digest(row)[:8]}",
+            id=row.id,
             source=f"{row.file}:{row.row}",
             prompt=prompt_of(row),
             candidate=one,
@@ -137,9 +137,7 @@ def answer(
     return [Written(one.text, one.tokens, one.ended) for one in found]
 
 
-def _encode(
-    model: StageInput, rows: Sequence[Row], answering: Answering
-) -> list[Prompt | None]:
+def _encode(model: StageInput, rows: Sequence[Row], answering: Answering) -> list[Prompt | None]:
     from posttrain.models import load_tokenizer
 
     room = min(answering.max_prompt_tokens, _window(model) - answering.max_new_tokens)

@@ -100,7 +100,9 @@ def judge_by_endpoint(
     replies: dict[int, str] = {}
     with asker.client(), ThreadPoolExecutor(config.concurrency) as pool:
         waiting = {
-            pool.submit(asker.reply, judging_prompt(pair, first, config.instructions, WITH_REASON)): n
+            pool.submit(
+                asker.reply, judging_prompt(pair, first, config.instructions, WITH_REASON)
+            ): n
             for n, (pair, first) in enumerate(asked)
         }
         try:
@@ -220,7 +222,7 @@ class _Asker:
 
     def _pause(self, number: int, failure: _Failure) -> float:
         # With some randomness, so that requests that failed together do not return together.
-        backoff = self._backoff * 2**number * random.uniform(1, 1.5)
+        backoff = self._backoff * 2.0**number * random.uniform(1, 1.5)
         return min(_LONGEST_WAIT, max(backoff, failure.wait or 0.0))
 
     def _try(self, body: Mapping[str, object]) -> str | _Failure:
@@ -265,7 +267,8 @@ def _retry_after(value: str | None) -> float | None:
         date = parsedate_to_datetime(value)
     except ValueError:
         return None
-    return max(0.0, (date - datetime.now(date.tzinfo or UTC)).total_seconds())
+    seconds: float = (date - datetime.now(date.tzinfo or UTC)).total_seconds()
+    return max(0.0, seconds)
 
 
 def _vote(pair: Pair, first: Side, reply: str) -> Vote:

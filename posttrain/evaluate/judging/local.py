@@ -95,7 +95,7 @@ def _log_odds(
     tokenizer: PreTrainedTokenizerBase,
     read: Sequence[tuple[list[int], tuple[int, int]]],
 ) -> list[float]:
-    """log p(A) - log p(B) of each."""
+    """Of each the log-odds of A: log p(A) - log p(B)."""
     import torch
 
     from posttrain.train.rollout import make_batch

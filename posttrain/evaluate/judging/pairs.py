@@ -67,7 +67,7 @@ class Vote:
     """By how much the candidate's answer is preferred: of a local model the log-odds of its
     verdict, of a reward model the difference of the scores; None of others."""
     reply: str = ""
-    """What the judge wrote, or a rater noted, or why there is no verdict."""
+    """What the judge wrote, or why there is no verdict."""
 
 
 def preferred(choice: Literal["A", "B", "tie"], first: Side) -> Preferred:

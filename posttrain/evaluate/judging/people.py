@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain.evaluate.judging.pairs import Pair, Preferred, Vote
+from posttrain.evaluate.judging.prompting import NO_ANSWER
+from posttrain.preferences.blinding import unblind
 from posttrain.preferences.filled import read_ratings
 from posttrain.preferences.key import Item, Key, Turn, turns_of
-from posttrain.preferences.blinding import unblind
 from posttrain.preferences.sheets import SHEETS, make_key, write_sheets
 from posttrain.recipe.judge import People
 from posttrain.store.files import write_bytes
@@ -46,8 +47,8 @@ def make_sheets(pairs: Sequence[Pair], config: People, seed: int) -> Key:
     items = [
         Item(
             prompt=turns_of(pair.prompt),
-            first=(Turn(role="assistant", content=pair.candidate.text),),
-            second=(Turn(role="assistant", content=pair.opponent.text),),
+            first=(Turn(role="assistant", content=pair.candidate.text or NO_ANSWER),),
+            second=(Turn(role="assistant", content=pair.opponent.text or NO_ANSWER),),
             source=pair.source,
         )
         for pair in pairs
@@ -60,11 +61,11 @@ def make_sheets(pairs: Sequence[Pair], config: People, seed: int) -> Key:
 def write_folder(folder: Path, key: Key) -> None:
     """Write a page and a table a rater, how to rate, and the key, apart from them."""
     for sheet_format in ("html", "csv"):
-        write_sheets(folder, key, sheet_format)  # type: ignore[arg-type]
+        write_sheets(folder, key, sheet_format)
     raters = list(key.orders)
     name = raters[0] if len(raters) == 1 else "rater-N"
     text = _EXPLANATION.format(question=key.question, guide=key.guide, rater=name)
-    write_bytes(folder / SHEETS / HOW_TO_RATE, text.replace("\n\n\n", "\n").encode())
+    write_bytes(folder / SHEETS / HOW_TO_RATE, text.replace("\n\n\n\n", "\n\n").encode())
 
 
 def read_votes(paths: Sequence[Path], key: Key, pairs: Sequence[Pair]) -> list[Vote]:

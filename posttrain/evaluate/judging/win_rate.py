@@ -6,7 +6,7 @@ No torch here: votes in, numbers out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -50,8 +50,8 @@ class Tallied:
         found = self.win_rate
         numbers = {
             "win_rate": found.win_rate,
-            "win_rate_low": found.low,
-            "win_rate_high": found.high,
+            "low": found.low,
+            "high": found.high,
             "prompts": len(found.scores),
             "ties": self.ties,
             "first_preferred": found.first_preferred,
@@ -217,8 +217,10 @@ def _agreements(by_rater: Mapping[str, Mapping[str, Sequence[Vote]]]) -> list[Pa
 
 
 def _kappa(agreements: Sequence[PairAgreement]) -> float | None:
-    """Cohen's kappa of two raters; of several Light's, the mean over each two (Light, 1971,
-    Psychological Bulletin 76(5))."""
+    """Cohen's kappa of two raters; of several the mean over each two.
+
+    Light (1971), Psychological Bulletin 76(5).
+    """
     known = [pair.kappa.value for pair in agreements if pair.kappa is not None]
     return float(np.mean(known)) if known else None
 
@@ -235,8 +237,6 @@ def _longer(pairs: Sequence[Pair], scores: Sequence[float | None]) -> tuple[floa
 
 
 def _warned(tallied: Tallied, warnings: Sequence[str]) -> Tallied:
-    from dataclasses import replace
-
     found = tallied.win_rate.model_copy(update={"warnings": tuple(warnings)})
     return replace(tallied, win_rate=found)
 
@@ -312,8 +312,8 @@ def _about_length(pairs: Sequence[Pair], tallied: Tallied) -> list[str]:
     if share is None or share <= 0.5 or stats.binomtest(wins, decided).pvalue >= _SURPRISING:
         return []
     return [
-        f"the longer answer won {wins} of {decided} decided prompts: judges favour long answers, so "
-        "look whether the winners say more or merely write more"
+        f"the longer answer won {wins} of {decided} decided prompts: judges favour long answers, "
+        "so look whether the winners say more or merely write more"
     ]
 
 

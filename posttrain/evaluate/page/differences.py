@@ -91,14 +91,19 @@ def from_verdict(before: Measured, after: Measured, verdict: Verdict) -> Against
     )
 
 
-def from_versus(before: Measured, after: Measured, versus: Versus, confidence: float) -> Against:
-    """What a gate says of a candidate against the champion."""
+def from_versus(
+    before: Measured | None, after: Measured, versus: Versus, confidence: float
+) -> Against:
+    """What a gate says of a candidate against the champion; groups need its evaluation."""
     improvement = (versus.improvement,) if versus.improvement else ()
+    said = tuple(map(_of_perplexity_check, versus.perplexities))
     return Against(
-        before=before.label,
+        before=before.label if before else versus.opponent,
         after=after.label,
         differences=tuple(map(_of_check, versus.checks)),
-        perplexities=_perplexities(before, after, versus.perplexities, confidence),
+        perplexities=_perplexities(before, after, versus.perplexities, confidence)
+        if before
+        else said,
         confidence=confidence,
         outcome=versus.verdict,
         reasons=tuple(dict.fromkeys([*versus.reasons, *improvement])),

@@ -1,0 +1,190 @@
+"""What the manifests in a store say of a model, in the order in which a card tells it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.evaluate.results import EvaluationResults
+from posttrain.lineage import Graph
+from posttrain.lineage.graph import WEIGHTS, gets_in, name_of
+from posttrain.plan import flatten
+from posttrain.registry.judged import Judged
+from posttrain.store import Artifact
+from posttrain.store.store import STAGE_FOLDER
+
+NOT_STATED = "not stated"
+
+_WEIGHT_INPUTS = ("model", "weights")
+_HUB_SOURCE = "hub:"
+_KEPT_AS_IT_IS = (_HUB_SOURCE, "builtin:")
+_SECRET = re.compile(r"(^|[._])(token|secret|password|key|credentials?)$")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows that got into the model."""
+
+    name: str
+    source: str
+    license: str
+    rows_in: int | None
+    train: int | None
+    held_out: int | None
+    dropped: int | None
+    """Cleaned away, or not readable."""
+    languages: tuple[str, ...]
+    """Codes of the languages that were kept; empty where nobody looked."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a card is written from."""
+
+    model: Artifact
+    bases: tuple[str, ...]
+    """Where the weights began: a Hub id with its commit, or the name of a file or folder."""
+    steps: tuple[Artifact, ...]
+    """All that got into the model, each after what it was made from."""
+    datasets: tuple[Dataset, ...]
+    judged: Judged | None
+    results: EvaluationResults | None
+    """Of the model; the judged ones, else the latest in the store."""
+    chats: bool
+    """Whether its tokenizer has a chat template."""
+
+    @classmethod
+    def collect(
+        cls, graph: Graph, model: Artifact, judged: Judged | None, licenses: Mapping[str, str]
+    ) -> Facts:
+        """Read the store."""
+        steps = tuple(_in_order(graph, model))
+        evaluation = judged.evaluation if judged else _latest_evaluation(graph, model)
+        return cls(
+            model=model,
+            bases=tuple(dict.fromkeys(base for step in steps for base in _bases(step))),
+            steps=steps,
+            datasets=tuple(_dataset(one, licenses) for one in steps if _is_prepared(one)),
+            judged=judged,
+            results=EvaluationResults.load(evaluation.path) if evaluation else None,
+            chats=(model.path / "chat_template.jinja").exists(),
+        )
+
+    @property
+    def trainings(self) -> tuple[Artifact, ...]:
+        """The stages that changed weights, first to last."""
+        return tuple(
+            one for one in self.steps if one.kind in WEIGHTS and one.manifest.stage != "convert"
+        )
+
+    @property
+    def hub_bases(self) -> tuple[str, ...]:
+        """Those of the bases that are on the Hub, without their commits."""
+        return tuple(base.partition("@")[0] for base in self.bases if "/" in base)
+
+    @property
+    def hub_datasets(self) -> tuple[str, ...]:
+        """The datasets that are on the Hub."""
+        parts = [part for one in self.datasets for part in one.source.split(", ")]
+        found = [part.removeprefix(_HUB_SOURCE) for part in parts if part.startswith(_HUB_SOURCE)]
+        return tuple(dict.fromkeys(found))
+
+
+def settings_of(step: Artifact) -> dict[str, Any]:
+    """A stage's settings that were set, flat, without secrets and without paths of the machine."""
+    found = {}
+    for key, value in flatten(step.manifest.config).items():
+        if key == "stage" or value is None or value in ([], {}, ()) or _SECRET.search(key):
+            continue
+        found[key] = _public(value)
+    return found
+
+
+def public_source(source: str) -> str:
+    """Where something came from, as it may be published: of an absolute path the name alone."""
+    parts = []
+    for part in source.split(", "):
+        own = not part.startswith(_KEPT_AS_IT_IS) and (part.startswith("~") or Path(part).is_absolute())
+        parts.append(Path(part).name if own else part)
+    return ", ".join(parts)
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, str):
+        return public_source(value)
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    return {key: _public(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _in_order(graph: Graph, model: Artifact) -> Iterator[Artifact]:
+    """The ancestors, each after its own inputs; the same order for the same store."""
+    seen: set[str] = set()
+
+    def visit(one: Artifact) -> Iterator[Artifact]:
+        if one.fingerprint in seen:
+            return
+        seen.add(one.fingerprint)
+        for name, made in sorted(graph.inputs(one), key=lambda pair: pair[0]):
+            if gets_in(one.manifest.stage, name):
+                yield from visit(made)
+        yield one
+
+    return visit(model)
+
+
+def _bases(step: Artifact) -> Iterator[str]:
+    """Weights among a stage's inputs that posttrain did not make."""
+    for name, record in sorted(step.manifest.inputs.items()):
+        if name.partition(":")[0] in _WEIGHT_INPUTS and record.source and not record.fingerprint:
+            yield public_source(record.source)
+
+
+def _is_prepared(step: Artifact) -> bool:
+    return step.kind == "dataset" and "rows" in step.manifest.inputs
+
+
+def _dataset(prepared: Artifact, licenses: Mapping[str, str]) -> Dataset:
+    manifest = prepared.manifest
+    name, counts = name_of(prepared), manifest.details
+    spec = _spec(prepared)
+    source = public_source(manifest.inputs["rows"].source or "unknown")
+    revision = spec.get("revision")
+    kept, dropped = counts.get("train"), counts.get("dropped", {})
+    held_out = None if kept is None else counts.get("validation", 0) + counts.get("test", 0)
+    language = manifest.config.get("language") or {}
+    return Dataset(
+        name=name,
+        source=f"{source}@{revision}" if revision else source,
+        license=licenses.get(name) or spec.get("license") or NOT_STATED,
+        rows_in=counts.get("rows_in"),
+        train=kept,
+        held_out=held_out,
+        dropped=None if kept is None else counts.get("bad", 0) + _total(dropped),
+        languages=tuple(language.get("keep", ())),
+    )
+
+
+def _total(counted: Any) -> int:
+    """Of counts at any depth."""
+    return sum(map(_total, counted.values())) if isinstance(counted, dict) else int(counted)
+
+
+def _spec(prepared: Artifact) -> dict[str, Any]:
+    """The dataset as the recipe had it, from the job that prepared it."""
+    try:
+        job = json.loads((prepared.path / STAGE_FOLDER / "stage.json").read_bytes())
+        spec = job["inputs"]["rows"]["spec"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return spec if isinstance(spec, dict) else {}
+
+
+def _latest_evaluation(graph: Graph, model: Artifact) -> Artifact | None:
+    users = [user for name, user in graph.users(model) if name == "model"]
+    found = [user for user in users if user.kind == "evaluation"]
+    return max(found, key=lambda one: (one.manifest.created, one.fingerprint), default=None)
