@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from posttrain.ancestry import Ancestry
 from posttrain.benchmarks import identify_benchmarks
 from posttrain.building.data import DataSteps
-from posttrain.building.layout import Evaluation
+from posttrain.building.layout import BASE, Evaluation
+from posttrain.errors import ModelError
 from posttrain.hardware import resolve_dtype
-from posttrain.pipeline import Input, Output
+from posttrain.model_reference import resolve_model
+from posttrain.pipeline import Code, Input, Output
 from posttrain.recipe import (
     EvaluateConfig,
     GateConfig,
@@ -18,7 +22,7 @@ from posttrain.recipe import (
 )
 from posttrain.recipe.evaluate import OTHER
 from posttrain.recipe.gate import CANDIDATE, COMPARISON, TRAINED, WATCH
-from posttrain.recipe.judge import OPPONENT
+from posttrain.recipe.judge import JUDGE, OPPONENT, RATINGS, By
 from posttrain.recipe.register import CHOICE, VERDICT
 from posttrain.recipe.test_sets import TESTS
 
@@ -98,8 +102,50 @@ class JudgingSteps(DataSteps):
         elif name is None:
             self._problem(where, "has no prompts to ask", "name a `dataset`")
         elif (dataset := self._prepare(f"{where}.dataset", name)) is not None:
-            inputs: dict[str, Input] = {"model": model, OPPONENT: opponent, "dataset": dataset}
+            config = config.model_copy(update={"dtype": resolve_dtype(config.dtype)})
+            inputs = {"model": model, OPPONENT: opponent, "dataset": dataset}
+            inputs |= self._judges(where, config.by)
             self.comparisons[self._add("judge", config, inputs).step] = model
+
+    def _judges(self, where: str, by: By) -> dict[str, Input]:
+        """The model that compares, or the sheets that people filled in."""
+        inputs: dict[str, Input] = {}
+        if by.model is not None:
+            judge = self._judging_model(f"{where}.by.model", by.model.model)
+            inputs = {JUDGE: judge} if judge is not None else {}
+        elif by.reward is not None:
+            name = by.reward.reward
+            if name in self.rewards:
+                inputs[JUDGE] = self.rewards[name]
+            else:
+                known = ", ".join(self.rewards) or "none"
+                fix = f"reward stages before it: {known}"
+                self._problem(f"{where}.by.reward", f"no stage before it is `{name}`", fix)
+        elif by.people is not None:
+            for number, path in enumerate(by.people.ratings):
+                if Path(path).is_file():
+                    inputs[f"{RATINGS}{number}"] = Code(path, self.digests.file_digest(Path(path)))
+                else:
+                    fix = "name the filled sheets; leave `ratings` out until there are some"
+                    there = f"{where}.by.people.ratings[{number}]"
+                    self._problem(there, f"there is no file `{path}`", fix)
+        return inputs
+
+    def _judging_model(self, where: str, name: str) -> Input | None:
+        """A model of the recipe, or one of its own."""
+        if name in (BASE, *self.models):
+            return self._model(where, name)
+        fix = f"stages with a model: {', '.join([BASE, *self.models])}"
+        try:
+            judge = resolve_model(name, self.digests)
+        except ModelError as error:
+            self._problem(where, str(error), fix)
+            return None
+        if judge.kind == "gguf":
+            message = f"`{name}` is a GGUF file, which only a recipe's own `model` may be"
+            self._problem(where, message, f"name a model folder or a Hub id; {fix}")
+            return None
+        return judge
 
     def _add_gate(self, where: str, config: GateConfig) -> None:
         if not self.evaluations:

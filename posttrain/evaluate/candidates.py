@@ -89,11 +89,13 @@ def _raised(config: GateConfig, shares: float) -> GateConfig:
 
 
 def _merit(verdict: Verdict) -> float:
-    """Mean difference over the tasks; without tasks, the nats a token by which it is better."""
+    """Mean difference over the tasks; without tasks, that of perplexity, or else the win rate."""
     if verdict.checks:
         return fmean(check.difference for check in verdict.checks)
     perplexities = [verdict.perplexity, *verdict.other_perplexities]
-    return next((check.difference for check in perplexities if check), 0.0)
+    of_rows = [check.difference for check in perplexities if check]
+    won = verdict.win_rate.win_rate if verdict.win_rate else None
+    return of_rows[0] if of_rows else won or 0.0
 
 
 def _overall(outcomes: Sequence[Outcome]) -> Outcome:
@@ -128,7 +130,10 @@ def _compare(
     first, second = candidates[other].evaluation, candidates[best].evaluation
     found, over = difference_on_the_whole(first, second, strict)
     if found is None:
-        raise ValueError(f"{best} and {other} passed on fewer rows than an interval needs")
+        sentence = f"{best} and {other} cannot be told apart: neither tasks nor enough {over}"
+        return Comparison(
+            best=best, other=other, difference=0, low=-1, high=1, better=False, sentence=sentence
+        )
     better = found.low > 0
     seen = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}] over {over}"
     sentence = f"{best} and {other} cannot be told apart: {seen}"

@@ -111,7 +111,9 @@ def _watch(program: int, said: int, job: dict[str, Any]) -> dict[str, str]:
         words = ""
     outcome, _, message = words.removeprefix(job["token"]).partition(":")
     if words.startswith(job["token"]) and outcome in ("passed", "failed", "error"):
-        return {"error": message} if outcome == "error" else {"outcome": outcome, "message": message}
+        return (
+            {"error": message} if outcome == "error" else {"outcome": outcome, "message": message}
+        )
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (9, 24):  # KILL, XCPU
         return {"outcome": "timeout", "message": "used up its computing time"}
     if os.WIFSIGNALED(status):
@@ -269,9 +271,7 @@ def _mount(
     def text(value: str | None) -> bytes | None:
         return None if value is None else os.fsencode(value)
 
-    _call(
-        "mount", text(source), bytes(target), text(kind), ctypes.c_ulong(flags), text(options)
-    )
+    _call("mount", text(source), bytes(target), text(kind), ctypes.c_ulong(flags), text(options))
 
 
 def _set_attributes(target: Path, attributes: int, recursive: bool) -> None:

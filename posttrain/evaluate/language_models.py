@@ -163,9 +163,16 @@ class RememberingLM:
         self._loaded: Any = None
         self._warned = False
 
-    def __getattr__(self, name: str) -> Any:
-        """Anything else, such as the chat template, is the language model's."""
-        return getattr(self._model(), name)
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as the language model reads it."""
+        return str(self._model().apply_chat_template(chat_history, add_generation_prompt))
+
+    @property
+    def tokenizer_name(self) -> str:
+        """By which lm-eval tells its own caches apart, where they are used."""
+        return str(self._model().tokenizer_name)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """How likely a text is after a prompt, in nats, and whether greedy decoding writes it."""

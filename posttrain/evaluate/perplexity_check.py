@@ -89,9 +89,7 @@ def paired_rows(first: Evaluation, second: Evaluation, dataset: str = "") -> Pai
         )
     if [row.tokens for row in before] == [row.tokens for row in after]:
         return PairedRows(before, after, "token")
-    other = [
-        (one, two) for one, two in zip(before, after, strict=True) if one.bytes != two.bytes
-    ]
+    other = [(one, two) for one, two in zip(before, after, strict=True) if one.bytes != two.bytes]
     if other:
         one, two = other[0]
         raise DataError(
@@ -169,9 +167,7 @@ def _check(
         difference = rows.difference(config, tolerance)
         allowed = tolerance * rows.unit_nats
         verdict = statistics.non_inferiority(difference, allowed)
-        smallest = statistics.smallest_detectable_drop(
-            difference.standard_error, config.confidence
-        )
+        smallest = statistics.smallest_detectable_drop(difference.standard_error, config.confidence)
         detectable = math.expm1(smallest / rows.unit_nats)
         if verdict == "not enough evidence":
             needed = statistics.items_needed(difference, allowed, config.confidence)

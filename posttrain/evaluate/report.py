@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from posttrain.evaluate.results import Check, PerplexityCheck, Verdict, Watched, three_digits
+from posttrain.evaluate.perplexity_check import PERPLEXITY_TOLERANCE
+from posttrain.evaluate.results import (
+    Check,
+    PerplexityCheck,
+    Verdict,
+    Versus,
+    Watched,
+    WinRateCheck,
+    three_digits,
+)
 
 
 def headline(verdict: Verdict) -> str:
@@ -13,8 +22,11 @@ def headline(verdict: Verdict) -> str:
     Of several candidates: `pass: evaluate-dpo, 1 of 2 candidates: ...`.
     """
     parts = [f"{check.task} {_difference(check)}" for check in verdict.checks]
-    if verdict.perplexity:
-        parts.append(f"perplexity {_values(verdict.perplexity)}")
+    parts += [f"{_name(check)} {_values(check)}" for check in _perplexities(verdict)]
+    if verdict.win_rate:
+        parts.append(f"win rate {_rate(verdict.win_rate)}")
+    if verdict.champion:
+        parts.append(f"{verdict.champion.opponent} {verdict.champion.verdict}")
     parts += [f"{one.step} {one.hacking.text.partition(':')[0]}" for one in verdict.watched]
     if not verdict.candidates:
         return f"{verdict.verdict}: {', '.join(parts)}"
@@ -38,13 +50,93 @@ def markdown(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
+def _perplexities(verdict: Verdict) -> list[PerplexityCheck]:
+    return [check for check in (verdict.perplexity, *verdict.other_perplexities) if check]
+
+
 def _checks(verdict: Verdict) -> list[str]:
-    lines: list[str] = []
-    if verdict.checks:
-        lines += ["", *_table(verdict.checks)]
-    if verdict.perplexity:
-        lines += ["", _perplexity_line(verdict.perplexity)]
+    lines = _tables(verdict.checks, _perplexities(verdict), verdict.against)
+    if verdict.win_rate:
+        lines += ["", _win_rate_line(verdict.win_rate)]
+    if verdict.champion:
+        lines += _champion(verdict.champion)
     return [*lines, *_watch_lines(verdict.watched)]
+
+
+def _champion(versus: Versus) -> list[str]:
+    lines = ["", f"### Against {versus.opponent}: {versus.verdict}"]
+    if versus.improvement:
+        lines += ["", f"On the whole: {versus.improvement}"]
+    return lines + _tables(versus.checks, versus.perplexities, versus.opponent)
+
+
+def _tables(
+    checks: Sequence[Check], perplexities: Sequence[PerplexityCheck], opponent: str
+) -> list[str]:
+    lines: list[str] = []
+    if checks:
+        lines += ["", *_task_table(checks, opponent)]
+    if perplexities:
+        lines += ["", *_perplexity_table(perplexities, opponent)]
+    return lines
+
+
+def _task_table(checks: Sequence[Check], opponent: str) -> list[str]:
+    rows = [
+        f"| task | metric | asked | {opponent} | candidate | difference | items | McNemar p "
+        "| detectable | |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for check in checks:
+        asked = f"no drop beyond {check.max_drop:g}"
+        if check.requirement == "must_improve":
+            asked = "better"
+        p = "" if check.mcnemar_p is None else f"{check.mcnemar_p:.3f}"
+        rows.append(
+            f"| {check.task} | {check.metric} | {asked} | {check.base:.3f} "
+            f"| {check.candidate:.3f} | {_difference(check)} | {check.n:,} | {p} "
+            f"| {check.smallest_detectable_drop:.3f} "
+            f"| {check.verdict}{_needed(check.items_needed, 'items')} |"
+        )
+    return rows
+
+
+def _perplexity_table(checks: Sequence[PerplexityCheck], opponent: str) -> list[str]:
+    rows = [
+        f"| held-out rows | asked | {opponent} | candidate | difference | rows | detectable | |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for check in checks:
+        asked = f"no rise beyond {PERPLEXITY_TOLERANCE:.0%}"
+        if check.requirement == "must_improve":
+            asked = "better"
+        bounds, detectable = "", ""
+        if check.low is not None and check.high is not None:
+            bounds = f" [{check.low:+.3f}, {check.high:+.3f}]"
+        if check.smallest_detectable_rise is not None:
+            detectable = f"{check.smallest_detectable_rise:.1%}"
+        before, _, after = _values(check).partition(" -> ")
+        unit = "nats a token" if check.unit == "token" else "bits a byte"
+        rows.append(
+            f"| {_name(check)} | {asked} | {before} | {after} "
+            f"| {check.difference:+.3f}{bounds} {unit} | {check.rows:,} | {detectable} "
+            f"| {check.verdict}{_needed(check.rows_needed, 'rows')} |"
+        )
+    return rows
+
+
+def _needed(count: int | None, of: str) -> str:
+    return f" (about {count:,} {of} needed)" if count else ""
+
+
+def _win_rate_line(check: WinRateCheck) -> str:
+    if check.win_rate is None:
+        return f"W{check.sentence[1:]}: {check.verdict}"
+    return (
+        f"Win rate against {check.opponent}, more than {check.required:g} is asked: "
+        f"{_rate(check)} on {check.prompts:,} prompts, judged by {check.judge}: {check.verdict}"
+        f"{_needed(check.prompts_needed, 'prompts')}"
+    )
 
 
 def _watch_lines(watched: Sequence[Watched]) -> list[str]:
@@ -65,39 +157,15 @@ def _legend(verdict: Verdict) -> str:
         shown = " or ".join(f"{level:.1%}" for level in levels)
         confidence = f"{shown} confidence each, raised for the number of candidates"
     return (
-        "Differences are candidate minus base on the same items, positive is better. Brackets "
-        f"hold one-sided bounds at {confidence}; a drop of up to "
-        f"{verdict.max_drop:g} is accepted. *Detectable* is the drop that this many items show "
+        f"Differences are candidate minus {verdict.against}, or minus the champion, on the same "
+        f"items, positive is better. Brackets hold one-sided bounds at {confidence}. "
+        "*Detectable* is the drop, or where better is asked the gain, that this many items show "
         "with a chance of 80%."
     )
 
 
-def _table(checks: tuple[Check, ...]) -> list[str]:
-    rows = [
-        "| task | metric | base | candidate | difference | items | McNemar p | detectable | |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|",
-    ]
-    for check in checks:
-        p = "" if check.mcnemar_p is None else f"{check.mcnemar_p:.3f}"
-        needed = f" (about {check.items_needed:,} items needed)" if check.items_needed else ""
-        rows.append(
-            f"| {check.task} | {check.metric} | {check.base:.3f} | {check.candidate:.3f} "
-            f"| {_difference(check)} | {check.n:,} | {p} | {check.smallest_detectable_drop:.3f} "
-            f"| {check.verdict}{needed} |"
-        )
-    return rows
-
-
-def _perplexity_line(check: PerplexityCheck) -> str:
-    bounds = ""
-    if check.low is not None and check.high is not None:
-        bounds = f" [{check.low:+.3f}, {check.high:+.3f}]"
-    requirement = check.requirement.replace("_", " ")
-    return (
-        f"Held-out perplexity {requirement}: {_values(check)}, "
-        f"{check.difference:+.3f}{bounds} nats a token on {check.rows:,} rows: "
-        f"{check.verdict}"
-    )
+def _name(check: PerplexityCheck) -> str:
+    return f"perplexity of {check.dataset}" if check.dataset else "perplexity"
 
 
 def _difference(check: Check) -> str:
@@ -105,4 +173,14 @@ def _difference(check: Check) -> str:
 
 
 def _values(check: PerplexityCheck) -> str:
-    return f"{three_digits(check.base)} -> {three_digits(check.candidate)}"
+    unit = " bits a byte" if check.unit == "byte" else ""
+    return f"{three_digits(check.base)} -> {three_digits(check.candidate)}{unit}"
+
+
+def _rate(check: WinRateCheck) -> str:
+    if check.win_rate is None:
+        return "not judged yet"
+    bounds = ""
+    if check.low is not None and check.high is not None:
+        bounds = f" [{check.low:.2f}, {check.high:.2f}]"
+    return f"{check.win_rate:.2f}{bounds}"

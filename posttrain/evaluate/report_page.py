@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from posttrain.evaluate.page import charts, text
 from posttrain.evaluate.page.differences import (
     Against,
+    Difference,
     PerplexityDifference,
     compute,
     from_verdict,
@@ -72,10 +73,10 @@ def gate_report(
     candidates = [one for one in others if one is not champion]
     if not candidates:
         raise ValueError("no candidate among the evaluations")
-    said = dict(zip(candidates, _of_candidates(verdict, candidates), strict=True))
+    said = _of_candidates(verdict, candidates)
     focus = next((one for one in candidates if one.label == verdict.choice), candidates[0])
     ordered = [focus, *(one for one in candidates if one is not focus)]
-    against = [one for each in ordered for one in _against(base, champion, each, said[each])]
+    against = [one for each in ordered for one in _against(base, champion, each, said[each.label])]
     return _render(
         _Compared(measured, base, focus, champion, against),
         verdict=verdict,
@@ -120,15 +121,18 @@ class _Compared:
         return [one for one in self.against if one.after == self.after.label]
 
 
-def _of_candidates(verdict: Verdict, candidates: Sequence[Measured]) -> list[Verdict]:
-    """What is said of each candidate: by its name, else by its place."""
-    if not verdict.candidates:
-        return [verdict] * len(candidates)
-    by_place = list(verdict.candidates.values())
-    return [
-        verdict.candidates.get(one.label, by_place[min(place, len(by_place) - 1)])
-        for place, one in enumerate(candidates)
-    ]
+def _of_candidates(verdict: Verdict, candidates: Sequence[Measured]) -> dict[str, Verdict]:
+    """What is said of each candidate, by its label.
+
+    Raises:
+        ValueError: the verdict names no candidate of that label.
+    """
+    if not verdict.candidates and len(candidates) == 1:
+        return {candidates[0].label: verdict}
+    unknown = [one.label for one in candidates if one.label not in verdict.candidates]
+    if unknown:
+        raise ValueError(f"the verdict says nothing of {', '.join(unknown)}")
+    return {one.label: verdict.candidates[one.label] for one in candidates}
 
 
 def _against(
@@ -149,7 +153,7 @@ def _render(
     before, after = compared.before, compared.after
     parts: dict[str, object] = {
         "differences": [
-            (one, charts.forest(one.differences)) for one in compared.against if one.differences
+            (one, _forests(one, compared)) for one in compared.against if one.differences
         ],
         "values": _values(compared),
         "subjects": [
@@ -168,7 +172,7 @@ def _render(
         verdict=verdict,
         compared=compared,
         sections={name: title for name, title in _SECTIONS.items() if parts[name]},
-        candidates=_candidates(compared, verdict),
+        candidates=_candidates(verdict),
         most=MOST,
         **parts,
     )
@@ -200,7 +204,7 @@ class _Candidate:
     reasons: tuple[str, ...]
 
 
-def _candidates(compared: _Compared, verdict: Verdict | None) -> list[_Candidate]:
+def _candidates(verdict: Verdict | None) -> list[_Candidate]:
     return [
         _Candidate(
             name=name,
@@ -211,6 +215,25 @@ def _candidates(compared: _Compared, verdict: Verdict | None) -> list[_Candidate
         )
         for name, one in (verdict.candidates if verdict else {}).items()
     ]
+
+
+@dataclass(frozen=True)
+class _Forest:
+    """Differences that are drawn to one scale."""
+
+    title: str
+    differences: list[Difference]
+    plot: charts.Plot
+
+
+def _forests(against: Against, compared: _Compared) -> list[_Forest]:
+    """Test sets apart from benchmarks: what one gains there would flatten what is lost here."""
+    tests = compared.before.test_sets
+    parts = {
+        "Benchmarks": [one for one in against.differences if one.task not in tests],
+        "Test sets": [one for one in against.differences if one.task in tests],
+    }
+    return [_Forest(title, part, charts.forest(part)) for title, part in parts.items() if part]
 
 
 @dataclass(frozen=True)
@@ -251,7 +274,8 @@ class _Perplexity:
 def _perplexities(compared: _Compared) -> list[_Perplexity]:
     found = []
     for (dataset, group), result in compared.after.perplexities.items():
-        named = next((r.dataset for r in compared.after.rows_of(dataset, "") if r.dataset), dataset)
+        rows = compared.after.of_group(dataset, "").rows
+        named = next((row.dataset for row in rows if row.dataset), dataset)
         found.append(
             _Perplexity(
                 dataset=named or "held-out rows",
@@ -372,10 +396,12 @@ def _template() -> Template:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "bounds": text.bounds,
+        "breakable": text.breakable,
         "count": "{:,}".format,
+        "level": lambda value: f"{100 * value:.4g}%",
         "name": lambda value: text.cut(str(value), 160),
         "p": text.p_value,
+        "pair": lambda low_high: text.bounds(*low_high),
         "perplexity": three_digits,
         "prose": lambda value: text.cut(str(value), 2_000),
         "score": "{:.3f}".format,

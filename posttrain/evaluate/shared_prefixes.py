@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -39,7 +40,7 @@ _MASKED_ATTENTION = ("eager", "sdpa")
 """Attention that takes any mask; flash kernels know only causal ones."""
 _ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
 """Rotary embeddings that change with the length of what is read, and so with what is shared."""
-_LOGITS_AT_ONCE = 256
+_LOGITS_AT_ONCE = 64
 """Positions whose probabilities are computed together, which bounds the memory of it."""
 
 
@@ -210,15 +211,19 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         where = torch.tensor(places, device=logits.device)
         asked = torch.tensor([target.token for target in targets], device=logits.device)
         dtype = self.softmax_dtype or torch.promote_types(logits.dtype, torch.float32)
-        totals, best = [], []
+        scores, best = [], []
+        begin = 0
         for block in logits.split(_LOGITS_AT_ONCE):
-            totals.append(block.to(dtype).logsumexp(-1))
-            best.append(block.argmax(-1))
-        scores = logits[where, asked].to(dtype) - torch.cat(totals)[where]
+            here = (where >= begin) & (where < begin + len(block))
+            # Not `logsumexp`: that rounds in another way, 1e-5 a token on a CPU.
+            probabilities = F.log_softmax(block, dim=-1, dtype=dtype)
+            scores.append(probabilities[where[here] - begin, asked[here]])
+            best.append(probabilities.argmax(-1))
+            begin += len(block)
         greedy = torch.cat(best)[where] == asked
         return [
             (target.index, score, hit)
-            for target, score, hit in zip(targets, scores.tolist(), greedy.tolist(), strict=True)
+            for target, score, hit in zip(targets, torch.cat(scores).tolist(), greedy.tolist(), strict=True)
         ]
 
     def _differs(self) -> str | None:

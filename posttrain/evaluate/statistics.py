@@ -226,9 +226,7 @@ def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
     return rejected
 
 
-def mean_of_tasks(
-    differences: Sequence[PairedDifference], confidence: float
-) -> PairedDifference:
+def mean_of_tasks(differences: Sequence[PairedDifference], confidence: float) -> PairedDifference:
     """Mean over tasks, each with the same weight; `p_worse` is against "it is not below 0".
 
     Their items are other questions, so the variances of the means add up.

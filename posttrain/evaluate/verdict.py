@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain.errors import DataError
 from posttrain.evaluate import statistics
 from posttrain.evaluate.pairing import Evaluation
 from posttrain.evaluate.results import (
@@ -129,6 +130,12 @@ def decide(opponents: Opponents, candidate: Candidate, config: GateConfig) -> Ve
     win_rate = None
     if candidate.comparison and config.min_win_rate is not None:
         win_rate = check_win_rate(candidate.comparison, config.min_win_rate, config)
+    if not any(one.outcomes for one in found) and win_rate is None:
+        ignored = config.perplexity == "ignore" and evaluation.rows
+        raise DataError(
+            "gate: nothing to compare; give the evaluate stage `tasks` or a `dataset`"
+            + (", or do not ignore `perplexity`" if ignored else "")
+        )
     compared, win_rate = _corrected(found, win_rate, 1 - config.confidence)
     versus = _versus(champion.label, compared[1]) if champion else None
 
@@ -136,9 +143,8 @@ def decide(opponents: Opponents, candidate: Candidate, config: GateConfig) -> Ve
     if win_rate:
         outcomes.append((win_rate.verdict, win_rate.sentence))
     if versus:
-        outcomes += [
-            (outcome, f"{versus.opponent}: {sentence}") for outcome, sentence in compared[1].outcomes
-        ]
+        prefix = f"{versus.opponent}: "
+        outcomes += [(outcome, prefix + sentence) for outcome, sentence in compared[1].outcomes]
     if config.reward_hacking == "fail":
         outcomes += [("fail", one.sentence) for one in candidate.watched if one.hacking.flagged]
     main, others = _by_dataset(compared[0].perplexities)

@@ -107,8 +107,8 @@ def compare(
         config: Bounds, confidence and bootstrap.
 
     Raises:
-        DataError: the two were made with different settings or on different items, the recipe names
-            a task that they have not, or there is nothing to compare.
+        DataError: the two were made with different settings or on different items, or the recipe
+            names a task that they do not have.
     """
     check_comparable(opponent, candidate)
     _check_names(opponent, config)
@@ -122,11 +122,6 @@ def compare(
     perplexities: list[PerplexityCheck] = []
     if rules.perplexity != "ignore":
         perplexities = check_perplexities(opponent, candidate, rules.perplexity, config)
-    if not checks and not perplexities:
-        raise DataError(
-            "gate: nothing to compare; give the evaluate stage `tasks` or a `dataset`"
-            + (", or do not ignore `perplexity`" if opponent.results.perplexity else "")
-        )
     improvement = None
     if rules.better_on_the_whole:
         improvement = _improvement(opponent, candidate, pairs, config)

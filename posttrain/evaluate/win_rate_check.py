@@ -112,7 +112,7 @@ def _sentence(check: WinRateCheck) -> str:
     if check.win_rate is None:
         return (
             f"win rate against {check.opponent}: nobody has judged yet; fill in the sheets that "
-            "`judge` wrote, or give it a model as a judge"
+            "`judge` wrote and name them under `judge.by.people.ratings`, or let a model judge"
         )
     if check.low is None or check.smallest_detectable is None:
         return f"{_seen(check)}; fewer than {MIN_PROMPTS} judged prompts show nothing"
@@ -134,6 +134,4 @@ def _seen(check: WinRateCheck) -> str:
         bounds = f" [{check.low:.2f}, {check.high:.2f}]"
     judge = f", judged by {check.judge}" if check.judge else ""
     rate = f"{check.win_rate:.2f}" if check.win_rate is not None else "none"
-    return (
-        f"win rate against {check.opponent}: {rate}{bounds} on {check.prompts:,} prompts{judge}"
-    )
+    return f"win rate against {check.opponent}: {rate}{bounds} on {check.prompts:,} prompts{judge}"

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from posttrain.data.prepared import Counts
 from posttrain.evaluate.results import EvaluationResults
 from posttrain.lineage import Graph
 from posttrain.lineage.graph import WEIGHTS, gets_in, name_of
 from posttrain.plan import flatten
+from posttrain.recipe import STAGES, DatasetSpec, TrainingConfig
 from posttrain.registry.judged import Judged
 from posttrain.store import Artifact
 from posttrain.store.store import STAGE_FOLDER
@@ -21,7 +25,6 @@ NOT_STATED = "not stated"
 
 _WEIGHT_INPUTS = ("model", "weights")
 _HUB_SOURCE = "hub:"
-_KEPT_AS_IT_IS = (_HUB_SOURCE, "builtin:")
 _SECRET = re.compile(r"(^|[._])(token|secret|password|key|credentials?)$")
 
 
@@ -32,11 +35,8 @@ class Dataset:
     name: str
     source: str
     license: str
-    rows_in: int | None
-    train: int | None
-    held_out: int | None
-    dropped: int | None
-    """Cleaned away, or not readable."""
+    counts: Counts | None
+    """What became of its rows."""
     languages: tuple[str, ...]
     """Codes of the languages that were kept; empty where nobody looked."""
 
@@ -95,21 +95,37 @@ class Facts:
 
 
 def settings_of(step: Artifact) -> dict[str, Any]:
-    """A stage's settings that were set, flat, without secrets and without paths of the machine."""
+    """A stage's settings that were set, flat, without secrets and without paths of the machine.
+
+    The learning rate is there also where the recipe left it to the default.
+    """
+    manifest = step.manifest
+    if manifest.stage == "merge" and not manifest.config.get("method"):
+        return {}  # folding an adapter has nothing to set
     found = {}
-    for key, value in flatten(step.manifest.config).items():
+    for key, value in flatten(manifest.config).items():
+        if key == "optimization.learning_rate" and value is None:
+            value = _default_rate(step)
         if key == "stage" or value is None or value in ([], {}, ()) or _SECRET.search(key):
             continue
         found[key] = _public(value)
     return found
 
 
+def _default_rate(step: Artifact) -> float | None:
+    try:
+        config = STAGES[step.manifest.stage].model_validate(step.manifest.config)
+    except (KeyError, ValidationError):  # of another version of posttrain
+        return None
+    return config.learning_rate if isinstance(config, TrainingConfig) else None
+
+
 def public_source(source: str) -> str:
     """Where something came from, as it may be published: of an absolute path the name alone."""
     parts = []
     for part in source.split(", "):
-        own = not part.startswith(_KEPT_AS_IT_IS) and (part.startswith("~") or Path(part).is_absolute())
-        parts.append(Path(part).name if own else part)
+        of_this_machine = part.startswith("~") or Path(part).is_absolute()
+        parts.append(Path(part).name if of_this_machine else part)
     return ", ".join(parts)
 
 
@@ -150,38 +166,32 @@ def _is_prepared(step: Artifact) -> bool:
 
 def _dataset(prepared: Artifact, licenses: Mapping[str, str]) -> Dataset:
     manifest = prepared.manifest
-    name, counts = name_of(prepared), manifest.details
-    spec = _spec(prepared)
+    name, spec, counts = name_of(prepared), _spec(prepared), _counts(prepared)
     source = public_source(manifest.inputs["rows"].source or "unknown")
-    revision = spec.get("revision")
-    kept, dropped = counts.get("train"), counts.get("dropped", {})
-    held_out = None if kept is None else counts.get("validation", 0) + counts.get("test", 0)
     language = manifest.config.get("language") or {}
     return Dataset(
         name=name,
-        source=f"{source}@{revision}" if revision else source,
-        license=licenses.get(name) or spec.get("license") or NOT_STATED,
-        rows_in=counts.get("rows_in"),
-        train=kept,
-        held_out=held_out,
-        dropped=None if kept is None else counts.get("bad", 0) + _total(dropped),
+        source=f"{source}@{spec.revision}" if spec and spec.revision else source,
+        license=licenses.get(name) or (spec and spec.license) or NOT_STATED,
+        counts=counts,
         languages=tuple(language.get("keep", ())),
     )
 
 
-def _total(counted: Any) -> int:
-    """Of counts at any depth."""
-    return sum(map(_total, counted.values())) if isinstance(counted, dict) else int(counted)
+def _counts(prepared: Artifact) -> Counts | None:
+    try:
+        return Counts.model_validate(prepared.manifest.details)
+    except ValidationError:
+        return None
 
 
-def _spec(prepared: Artifact) -> dict[str, Any]:
+def _spec(prepared: Artifact) -> DatasetSpec | None:
     """The dataset as the recipe had it, from the job that prepared it."""
     try:
         job = json.loads((prepared.path / STAGE_FOLDER / "stage.json").read_bytes())
-        spec = job["inputs"]["rows"]["spec"]
+        return DatasetSpec.model_validate(job["inputs"]["rows"]["spec"])
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return spec if isinstance(spec, dict) else {}
+        return None
 
 
 def _latest_evaluation(graph: Graph, model: Artifact) -> Artifact | None:

@@ -1,4 +1,4 @@
-"""`register`: the model that passed enters MLflow's Model Registry, with all that is known of it."""
+"""`register`: the model that passed enters MLflow's Model Registry, with what is known of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VERDICT = "verdict"
 
 
 class RegisterConfig(StageConfig):
-    """Makes the current model a version of a registered model. A gate before it must have passed."""
+    """Makes the current model a version of a registered model. A gate must have passed it."""
 
     produces: ClassVar[ArtifactKind] = "registration"
 
@@ -27,7 +27,7 @@ class RegisterConfig(StageConfig):
     """Name of an earlier stage whose model is registered. Default: what the gate chose, or the
     stage before."""
     alias: Literal["challenger", "champion"] = "challenger"
-    """`challenger`: a person promotes it later. `champion`: it takes the champion's place at once."""
+    """`challenger`: a person promotes it later. `champion`: it takes the champion's place now."""
 
     license: str | None = None
     """Licence of the model, for its card, such as `apache-2.0`. Default: not stated."""

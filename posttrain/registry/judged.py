@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from posttrain.evaluate.results import Verdict
@@ -29,29 +30,30 @@ class Judged:
 
 def judged_by(graph: Graph, model: Artifact) -> Judged | None:
     """The verdict on a model: of the latest run that has one, else the latest in the store."""
-    found: dict[str, Judged] = {}
-    for gate in graph.artifacts.values():
-        judged = judgement(graph, gate, model) if gate.kind == "verdict" else None
-        if judged is not None:
-            found[gate.fingerprint] = judged
+    found = {judged.gate.fingerprint: judged for judged in _judgements(graph, model)}
     for run in reversed(graph.runs):
         # The last gate of the run: a dict keeps the order of its steps.
         for fingerprint in reversed(run.artifacts.values()):
             if fingerprint in found:
                 return found[fingerprint]
-    return list(found.values())[-1] if found else None
+    return max(found.values(), key=lambda judged: judged.gate.manifest.created, default=None)
 
 
 def judgement(graph: Graph, gate: Artifact, model: Artifact) -> Judged | None:
     """What a verdict in the store says of a model, or None where it is about others."""
-    for name, evaluation in graph.inputs(gate):
-        if name != "candidate" and not name.startswith(CANDIDATE):
+    found = (one for one in _judgements(graph, model) if one.gate.fingerprint == gate.fingerprint)
+    return next(found, None)
+
+
+def _judgements(graph: Graph, model: Artifact) -> Iterator[Judged]:
+    for name, evaluation in graph.users(model):
+        if (name, evaluation.kind) != ("model", "evaluation"):
             continue
-        of = evaluation.manifest.inputs.get("model")
-        if of is None or (of.kind, of.digest) != (model.kind, model.digest):
-            continue
-        verdict = Verdict.load(gate.path)
-        if name != "candidate":
-            verdict = verdict.candidates[name.removeprefix(CANDIDATE)]
-        return Judged(verdict, gate, evaluation)
-    return None
+        for candidate, gate in graph.users(evaluation):
+            if gate.kind != "verdict":
+                continue
+            if candidate == "candidate":
+                yield Judged(Verdict.load(gate.path), gate, evaluation)
+            elif candidate.startswith(CANDIDATE):
+                of_all = Verdict.load(gate.path).candidates
+                yield Judged(of_all[candidate.removeprefix(CANDIDATE)], gate, evaluation)

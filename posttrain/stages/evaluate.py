@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import DataError, ModelError
-from posttrain.evaluate.items import write_items, write_perplexity
+from posttrain.evaluate.items import Item, write_items, write_perplexity
 from posttrain.evaluate.offline import stay_local
 from posttrain.evaluate.results import (
     EvaluationResults,
     Settings,
+    TaskResult,
     TaskSettings,
     three_digits,
 )
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from posttrain.data.prepared import PreparedDataset
     from posttrain.evaluate.harness import Benchmarks
     from posttrain.evaluate.language_models import RememberingLM, Weights
-    from posttrain.evaluate.test_sets import MeasuredTests
 
 PERPLEXITY_MAX_LENGTH = 1024
 """Longest held-out row that is scored, in tokens, as far as the model reads that far."""
@@ -73,20 +74,19 @@ def main(context: StageContext[EvaluateConfig]) -> StageResult:
 
     rows = score_held_out(datasets, weights, tokenizer, config, max_length, events)
     samples = answer_samples(dataset, weights, tokenizer, config, events)
-    tests = _run_test_sets(context, weights, tokenizer)
+    results_of_tests, items_of_tests, test_sets = _run_test_sets(context, weights, tokenizer)
     if config.tasks:
         events.phase(f"asking {', '.join(config.tasks)}")
     # Last, as vLLM takes the GPU's memory for itself.
     asked = ask_benchmarks(_language_model(context, weights, tokenizer, dtype), benchmarks)
 
-    write_items(context.output, [*asked.items, *tests.items])
+    write_items(context.output, [*asked.items, *items_of_tests])
     write_perplexity(context.output, rows)
     write_json(context.output / "samples.json", [sample.model_dump() for sample in samples])
-    settings = _settings(config, tokenizer, dtype, max_length, asked.settings)
-    settings = settings.model_copy(update={"test_sets": tests.settings})
+    settings = _settings(config, tokenizer, dtype, max_length, asked.settings, test_sets)
     perplexity, other_perplexities = summaries(rows, dataset, others)
     results = EvaluationResults(
-        tasks=(*asked.results, *tests.results),
+        tasks=(*asked.results, *results_of_tests),
         perplexity=perplexity,
         settings=settings,
         settings_digest=settings.digest,
@@ -168,12 +168,14 @@ def _max_length(source: StageInput) -> int:
 
 def _run_test_sets(
     context: StageContext[EvaluateConfig], weights: Weights, tokenizer: PreTrainedTokenizerBase
-) -> MeasuredTests:
-    from posttrain.evaluate.test_sets import MeasuredTests, run_test_sets
-
+) -> tuple[Sequence[TaskResult], Sequence[Item], tuple[dict[str, Any], ...]]:
+    """Results, items and settings; nothing without test sets."""
     if not context.config.test_sets:
-        return MeasuredTests((), (), ())
-    return run_test_sets(context, weights.load(), tokenizer)
+        return (), (), ()
+    from posttrain.evaluate.test_sets import run_test_sets
+
+    measured = run_test_sets(context, weights.load(), tokenizer)
+    return measured.results, measured.items, measured.settings
 
 
 def _language_model(
@@ -213,6 +215,7 @@ def _settings(
     dtype: str,
     max_length: int,
     tasks: tuple[TaskSettings, ...],
+    test_sets: tuple[dict[str, Any], ...],
 ) -> Settings:
     template = str(tokenizer.chat_template) if tokenizer.chat_template else None
     return Settings(
@@ -226,6 +229,7 @@ def _settings(
         perplexity_rows=config.max_perplexity_rows,
         perplexity_max_length=max_length,
         backend=config.backend,
+        test_sets=test_sets,
     )
 
 

@@ -121,7 +121,8 @@ def _of_people(
     names.sort(key=lambda name: int(name.removeprefix(RATINGS)))
     votes = read_votes([Path(context.input(name).path) for name in names], key, pairs)
     raters = {vote.rater for vote in votes}
-    return votes, f"people ({len(raters)})" if raters else ""
+    # Nobody need be asked about answers that are all identical.
+    return votes, f"people ({len(raters)})" if raters or not pairs else ""
 
 
 def _memory(context: StageContext[JudgeConfig]) -> Path:

@@ -3,8 +3,8 @@
 Inputs: `verdict`; and `model`, or `model:NAME` for each candidate that the verdict may have chosen,
 NAME being that of its `evaluate` stage.
 
-Output: `registration.json` and the model card, `README.md`. A repeated attempt finds the version that
-a killed one made. Imports no torch.
+Output: `registration.json` and the model card, `README.md`. A repeated attempt finds the version
+that a killed one made. Imports no torch.
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ def _chosen(context: StageContext[RegisterConfig]) -> Path:
     return Path(inputs[f"{CHOICE}{verdict.choice}"].path)
 
 
-def _judged(
-    context: StageContext[RegisterConfig], graph: Graph, model: Artifact
-) -> Judged | None:
+def _judged(context: StageContext[RegisterConfig], graph: Graph, model: Artifact) -> Judged | None:
     if VERDICT not in context.job.inputs:
         return None
     gate = graph.find(context.input(VERDICT).path)

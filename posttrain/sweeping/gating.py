@@ -43,7 +43,12 @@ class Measured:
 
 
 def gate_on(pipeline: Pipeline, step: str) -> str | None:
-    """The last gate that decides on a step's numbers, if there is one."""
+    """The last gate that decides on a step's numbers, if there is one.
+
+    It knows what was trained as well, for its report's curves, and does not decide on that.
+    """
+    if pipeline.step(step).stage not in ("evaluate", "judge"):
+        return None
     gates = [one.name for one in pipeline.steps if one.stage == "gate" and step in one.waits_for()]
     return gates[-1] if gates else None
 

@@ -27,7 +27,6 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer, RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -171,19 +170,12 @@ class GroupTrainer(StageTrainer):
 
     # What it is worth
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def measure_held_out(self, dataloader: DataLoader[Any], prefix: str) -> dict[str, float]:
         """One answer to each held-out prompt: `eval_loss` is beta * KL - reward, an answer.
 
         The draws are the same at every evaluation. KL is summed over an answer's tokens.
         """
-        del dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        del dataloader, prefix
         self.model.eval()
         number, processes = self.accelerator.process_index, self.accelerator.num_processes
         mine = np.array_split(np.arange(len(self._asking.held_out)), processes)[number]
@@ -193,9 +185,7 @@ class GroupTrainer(StageTrainer):
             values = [self._asking.watch.look(self.state.global_step, found)]
         [metrics] = broadcast_object_list(values)
         price = self.beta * metrics["eval_kl"] if self.beta else 0.0
-        none = np.empty(0)
-        loss = {"eval_loss": price - metrics["eval_reward"]}
-        return EvalLoopOutput(none, none, loss | metrics, num_samples=len(found))
+        return {"eval_loss": price - metrics["eval_reward"], **metrics}
 
     def _answer_held_out(self, positions: Sequence[int]) -> list[Written]:
         if len(positions) == 0:

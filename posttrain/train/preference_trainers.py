@@ -17,7 +17,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
 
 from posttrain.train.held_out_answers import HeldOutAnswers
 from posttrain.train.stage_trainer import StageTrainer
@@ -56,16 +55,9 @@ class AnswerTrainer(StageTrainer):
     def prepare_scoring(self, model: torch.nn.Module) -> None:
         """What a method needs to know of all held-out rows before it scores any."""
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def measure_held_out(self, dataloader: DataLoader[Any], prefix: str) -> dict[str, float]:
         """Score every held-out row once, the longest first, and keep the scores."""
-        del dataloader, description, prediction_loss_only, ignore_keys  # transformers' signature
+        del dataloader  # it has rows in another order, and fills them up
         model = self._wrap_model(self.model, training=False)  # type: ignore[attr-defined]
         model.eval()
         self.prepare_scoring(model)
@@ -73,9 +65,7 @@ class AnswerTrainer(StageTrainer):
         self.forget_numbers("eval")
         if self.is_world_process_zero():  # type: ignore[attr-defined]
             self.held_out.keep(scores, Path(self.args.output_dir), self.state.global_step)
-        metrics = self.held_out.metrics(scores, metric_key_prefix)
-        none = np.empty(0)
-        return EvalLoopOutput(none, none, metrics, num_samples=len(self.held_out.table))
+        return self.held_out.metrics(scores, prefix)
 
     def over_held_out(self, ask: Any) -> dict[str, np.ndarray]:
         """What `ask` says of each held-out entry, over all processes.

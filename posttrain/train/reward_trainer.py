@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
 from trl import RewardTrainer
 
 from posttrain.train.pairs import AnswerTable
@@ -31,22 +30,12 @@ class PairwiseTrainer(StageTrainer, RewardTrainer):  # type: ignore[misc]  # trl
         super().__init__(eval_dataset=held_out.table.dataset, **arguments)
         self._held_out = held_out
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def measure_held_out(self, dataloader: DataLoader[Any], prefix: str) -> dict[str, float]:
         """Loss, accuracy and margin over all held-out pairs; their scores are kept apart."""
-        del description, prediction_loss_only, ignore_keys  # the signature is transformers'
         scores = self._scores(dataloader, len(self._held_out.table))
         if self.is_world_process_zero():
             self._held_out.keep(scores, Path(self.args.output_dir), self.state.global_step)
-        measures = self._held_out.measures(scores, metric_key_prefix)
-        none = np.empty(0)
-        return EvalLoopOutput(none, none, measures, num_samples=self.num_examples(dataloader))
+        return self._held_out.measures(scores, prefix)
 
     def score(self, table: AnswerTable) -> np.ndarray:
         """Scores of the pairs of a table, without those that fill it up: all processes must ask.

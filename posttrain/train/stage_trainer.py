@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from posttrain.train.adapter_training import ExactAdapterCheckpoints
 from posttrain.train.adapters import keep_dtypes
@@ -39,6 +42,29 @@ class StageTrainer(ExactAdapterCheckpoints):
     @abstractmethod
     def count_tokens(self, batch: dict[str, Any]) -> tuple[int, int]:
         """Tokens of a micro-batch that are no padding, and those of them that are trained on."""
+
+    @abstractmethod
+    def measure_held_out(self, dataloader: DataLoader[Any], prefix: str) -> dict[str, float]:
+        """What is held out, measured over all of it and over all processes.
+
+        Args:
+            dataloader: Of the held-out rows, in the trainer's batches.
+            prefix: Of the names of the measures.
+        """
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Measure what is held out, in transformers' form."""
+        del description, prediction_loss_only, ignore_keys  # the signature is transformers'
+        measures = self.measure_held_out(dataloader, metric_key_prefix)
+        none = np.empty(0)
+        return EvalLoopOutput(none, none, measures, num_samples=len(dataloader.dataset))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from posttrain.train.held_out import HeldOut
@@ -31,16 +30,8 @@ class TokenWeightedTrainer(StageTrainer, SFTTrainer):  # type: ignore[misc]  # t
         super().__init__(eval_dataset=held_out.table.dataset, **arguments)
         self._held_out = held_out
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def measure_held_out(self, dataloader: DataLoader[Any], prefix: str) -> dict[str, float]:
         """Negative log-likelihood of the labelled tokens over their number; rows are kept apart."""
-        del description, prediction_loss_only, ignore_keys  # the signature is transformers'
         model = self._wrap_model(self.model, training=False)
         model.eval()
         likelihoods = torch.zeros(len(self._held_out.table), dtype=torch.float64)
@@ -54,9 +45,7 @@ class TokenWeightedTrainer(StageTrainer, SFTTrainer):  # type: ignore[misc]  # t
         summed = np.array(self.sum_over_processes(likelihoods))
         if self.is_world_process_zero():
             self._held_out.keep(summed, Path(self.args.output_dir), self.state.global_step)
-        losses = self._held_out.losses(summed, metric_key_prefix)
-        none = np.empty(0)
-        return EvalLoopOutput(none, none, losses, num_samples=self.num_examples(dataloader))
+        return self._held_out.losses(summed, prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Leave out what TRL logs beside the loss: the plain head does not compute it."""

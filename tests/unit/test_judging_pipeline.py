@@ -133,6 +133,16 @@ def test_a_judge_compares_the_model_with_the_base_and_tells_the_gate(open_recipe
     assert pipeline.step("gate").inputs["comparison"] == judge.output
 
 
+def test_a_judge_may_be_a_stage_or_people_whose_sheets_are_read(open_recipe: Any) -> None:
+    by_model = open_recipe(SFT, {"judge": {"by": {"model": "base"}}}).step("judge")
+    assert by_model.inputs["judge"] == by_model.inputs["opponent"]
+    Path("anna.csv").write_text("filled\n")
+    people = {"by": {"people": {"ratings": ["anna.csv"]}}}
+    sheets = open_recipe(SFT, {"judge": people}).step("judge").inputs["ratings:0"]
+    Path("anna.csv").write_text("filled otherwise\n")
+    assert open_recipe(SFT, {"judge": people}).step("judge").inputs["ratings:0"] != sheets
+
+
 def test_what_the_gate_chooses_among_several_is_registered(open_recipe: Any) -> None:
     pipeline = open_recipe(
         {"sft": {"dataset": "chats", "full": {}, "adapter": None, "name": "one"}},
@@ -166,6 +176,19 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "judging a model against itself": (
         [SFT, {"judge": {"model": "base"}}],
         "stages[1].judge: would compare a model with itself",
+    ),
+    "a judge that is not there": (
+        [SFT, {"judge": {"by": {"reward": "taste"}}}],
+        "stages[1].judge.by.reward: no stage before it is `taste`\n"
+        "    reward stages before it: none",
+    ),
+    "a judging model that is not there": (
+        [SFT, {"judge": {"by": {"model": "models/nowhere"}}}],
+        "stages[1].judge.by.model: ",
+    ),
+    "sheets that are not there": (
+        [SFT, {"judge": {"by": {"people": {"ratings": ["anna.csv"]}}}}],
+        "stages[1].judge.by.people.ratings[0]: there is no file `anna.csv`",
     ),
     "a gate against a later evaluation": (
         [SFT, "evaluate", {"gate": {"against": "later"}}],

@@ -107,7 +107,10 @@ def judge_by_endpoint(
         }
         try:
             for future in as_completed(waiting):
-                replies[waiting[future]] = future.result()
+                try:
+                    replies[waiting[future]] = future.result()
+                except _Stopped:
+                    continue  # the failure that stopped it comes from another one
                 tell(len(replies), len(asked))
         except BaseException:
             asker.stop()
@@ -163,7 +166,7 @@ class _Asker:
             yield
 
     def stop(self) -> None:
-        """Wake up whoever waits for another try."""
+        """Have nothing more asked: whoever waits for another try is woken up."""
         self._stopping.set()
 
     def safe(self, text: str) -> str:
@@ -181,7 +184,13 @@ class _Asker:
         kept = self._kept(body)
         if kept.is_file():
             return str(json.loads(kept.read_bytes())["reply"])
-        reply = self._ask(body)
+        if self._stopping.is_set():
+            raise _Stopped
+        try:
+            reply = self._ask(body)
+        except ModelError:
+            self.stop()
+            raise
         if read_verdict(reply) is not None:
             write_json(kept, {"model": self._config.model, "reply": reply})
         return reply

@@ -44,7 +44,8 @@ def judge_locally(
         tell: Told how many votes there are, of how many.
 
     Raises:
-        ModelError: it cannot be loaded, or has no single tokens for the two letters.
+        ModelError: it cannot be loaded, has no single tokens for the two letters, or reads too few
+            tokens for any comparison.
     """
     from posttrain.models import load_causal_lm, load_tokenizer
     from posttrain.train.rollout import batches_by_length
@@ -61,6 +62,11 @@ def judge_locally(
         votes |= {row: _unread(*asked[row]) for row in batch}
         votes |= {row: _vote(*asked[row], a) for row, a in zip(fits, odds, strict=True)}
         tell(len(votes), len(asked))
+    if asked and all(vote.preferred is None for vote in votes.values()):
+        raise ModelError(
+            f"by.model: every comparison is longer than the {window:,} tokens that the judge "
+            "reads; take another judge, or lower `max_prompt_tokens` and `max_new_tokens`"
+        )
     return [votes[row] for row in range(len(asked))]
 
 

@@ -101,13 +101,13 @@ def tally(
         votes: On the others.
         candidate: Name of the stage whose answers are judged.
         opponent: Name of the other one.
-        judge: Who compared.
+        judge: Who compared; empty where nobody has yet.
         remarks: Further warnings, for the beginning of the list.
         seed: Of the bootstrap.
     """
     by_rater = _by_rater(votes)
     said = {rater: _said_of(given) for rater, given in by_rater.items()}
-    scores = [_score(pair, said) if votes else None for pair in pairs]
+    scores = [_score(pair, said) if judge else None for pair in pairs]
     known = tuple(score for score in scores if score is not None)
     low, high = interval(known, seed=seed) if known else (None, None)
     agreements = _agreements(by_rater)

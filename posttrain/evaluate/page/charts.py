@@ -21,9 +21,9 @@ _FRAME = Frame(width=430, height=220, left=58, right=12, top=12, bottom=30, numb
 _MOST_POINTS = 300
 _MOST_DOTS = 60
 _SHAPES = {
-    "disc": '<circle r="5"/>',
-    "ring": '<circle r="4.5"/>',
-    "square": '<rect x="-4.5" y="-4.5" width="9" height="9"/>',
+    "disc": '<circle r="4"/>',
+    "ring": '<circle r="4"/>',
+    "square": '<rect x="-4" y="-4" width="8" height="8"/>',
     "bar": '<path d="M0 -7V7"/>',
 }
 """Shapes of points around their place: which is which is never said by colour alone."""
@@ -110,7 +110,7 @@ def _percent(marks: Sequence[float]) -> Place:
 
 def _axis(x: Place, marks: Sequence[float], show: Callable[[float], str]) -> Markup:
     """The numbers, every second one where there are many; that of zero always."""
-    every = 2 if len(marks) > 4 else 1
+    every = 2 if len(marks) > 5 else 1
     first = marks.index(0.0) % every if 0.0 in marks else 0
     texts = [
         Markup('<text x="{:.2f}%" y="14" text-anchor="middle">{}</text>').format(
@@ -212,7 +212,7 @@ def share_bar(parts: Sequence[tuple[str, float]]) -> Markup:
 def win_interval(win_rate: float, low: float, high: float) -> Markup:
     """A win rate from 0 to 1 with its interval, and the line of even odds."""
     x = scale(0, 1, 0, 100)
-    return _row(
+    row = _row(
         [
             *(_upright("rule", x(mark)) for mark in (0, 0.25, 0.75, 1)),
             _upright("zero", x(0.5)),
@@ -222,3 +222,4 @@ def win_interval(win_rate: float, low: float, high: float) -> Markup:
             _point("", "disc", x(win_rate)),
         ]
     )
+    return row + _axis(x, [0, 0.25, 0.5, 0.75, 1], "{:g}".format)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from posttrain.errors import DataError
 from posttrain.evaluate import statistics
-from posttrain.evaluate.items import PerplexityRow
 from posttrain.evaluate.page.measured import Measured, is_binary
-from posttrain.evaluate.pairing import Pair, paired_items
-from posttrain.evaluate.results import Check, Outcome, PerplexityCheck, TaskResult, Verdict, Versus
-
-SEED = 0
-"""Of the bootstrap where no gate says another."""
-MIN_ROWS = 10
-"""Held-out rows below which no interval of perplexity is believed."""
+from posttrain.evaluate.pairing import Pair, check_comparable, paired_items
+from posttrain.evaluate.perplexity_check import MIN_PERPLEXITY_ROWS, paired_rows
+from posttrain.evaluate.results import Check, Outcome, PerplexityCheck, Verdict, Versus
+from posttrain.evaluate.task_check import check_task
+from posttrain.recipe.gate import GateConfig
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class PerplexityDifference:
     group: str
     rows: int
     mean: float
-    """Nats a token, or a byte where the tokenizers differ, by which the later is better."""
+    """Nats a token by which the later is better; where the tokenizers differ, bits a byte."""
     low: float | None
     high: float | None
     unit: Literal["token", "byte"]
@@ -124,33 +121,22 @@ def compute(
     Raises:
         DataError: the two were made with different settings or on different items.
     """
-    check_comparable(before, after)
-    pairs = paired_items(
-        [item for items in before.items.values() for item in items],
-        [item for items in after.items.values() for item in items],
-    )
+    config = GateConfig(max_drop=max_drop, confidence=confidence)
+    first, second = before.evaluation, after.evaluation
+    check_comparable(first, second)
+    pairs = paired_items(first.items, second.items, (before.label, after.label))
+    checks = [
+        check_task(task, pairs[name], "must_not_drop", max_drop, config)
+        for name, task in before.tasks.items()
+        if pairs.get(name)
+    ]
     return Against(
         before=before.label,
         after=after.label,
-        differences=tuple(
-            _difference(task, pairs[name], max_drop, confidence)
-            for name, task in before.tasks.items()
-            if pairs.get(name)
-        ),
+        # No gate asked, so none answers.
+        differences=tuple(replace(_of_check(one), outcome=None, sentence="") for one in checks),
         perplexities=_perplexities(before, after, (), confidence),
         confidence=confidence,
-    )
-
-
-def check_comparable(before: Measured, after: Measured) -> None:
-    """Raises: DataError: the two were made with different settings."""
-    if before.results.settings_digest == after.results.settings_digest:
-        return
-    differing = before.results.settings.differences(after.results.settings)
-    lines = "".join(f"\n  {line}" for line in differing)
-    raise DataError(
-        f"{before.label} and {after.label} were evaluated with different settings, so their "
-        f"difference would mean nothing; evaluate both alike ({before.label} first below):{lines}"
     )
 
 
@@ -180,35 +166,6 @@ def _of_check(check: Check) -> Difference:
     )
 
 
-def _difference(
-    task: TaskResult, pairs: Sequence[Pair], max_drop: float, confidence: float
-) -> Difference:
-    sign = 1.0 if task.higher_is_better else -1.0
-    found = statistics.paired_difference(
-        [sign * first.value for first, _ in pairs],
-        [sign * second.value for _, second in pairs],
-        groups=[first.group for first, _ in pairs],
-        max_drop=max_drop,
-        confidence=confidence,
-        seed=SEED,
-    )
-    settled = statistics.non_inferiority(found, max_drop) != "not enough evidence"
-    return Difference(
-        task=task.task,
-        metric=task.metric,
-        n=found.n,
-        mean=found.mean,
-        low=found.low,
-        high=found.high,
-        mcnemar_p=mcnemar(pairs),
-        detectable=statistics.smallest_detectable_drop(found.standard_error, confidence),
-        items_needed=None if settled else statistics.items_needed(found, max_drop, confidence),
-        max_drop=max_drop,
-        outcome=None,
-        sentence="",
-    )
-
-
 def _perplexities(
     before: Measured,
     after: Measured,
@@ -225,13 +182,7 @@ def _perplexities(
         if check is not None and not group:
             found.append(_of_perplexity_check(check))
             continue
-        one = _of_rows(
-            dataset,
-            group,
-            before.rows_of(dataset, group),
-            after.rows_of(dataset, group),
-            confidence,
-        )
+        one = _of_rows(dataset, group, before, after, confidence)
         if one is not None:
             found.append(one)
     return tuple(found)
@@ -252,39 +203,30 @@ def _of_perplexity_check(check: PerplexityCheck) -> PerplexityDifference:
 
 
 def _of_rows(
-    dataset: str,
-    group: str,
-    before: Sequence[PerplexityRow],
-    after: Sequence[PerplexityRow],
-    confidence: float,
+    dataset: str, group: str, before: Measured, after: Measured, confidence: float
 ) -> PerplexityDifference | None:
-    """By token, or by byte where the tokens are others; None where the rows are."""
-    if not before or [(row.id, row.bytes) for row in before] != [
-        (row.id, row.bytes) for row in after
-    ]:
+    """From the rows themselves; None where the two did not score the same text."""
+    try:
+        rows = paired_rows(before.of_group(dataset, group), after.of_group(dataset, group), dataset)
+    except DataError:
         return None
-    same = [row.tokens for row in before] == [row.tokens for row in after]
-    sizes = [row.tokens if same else row.bytes for row in before]
-    if not all(sizes):
+    if not rows.before:
         return None
-    saved = sum(row.nats for row in before) - sum(row.nats for row in after)
-    bounds = None
-    if len(before) >= MIN_ROWS:
-        bounds = statistics.paired_nats(
-            [row.nats for row in before],
-            [row.nats for row in after],
-            sizes,
-            confidence=confidence,
-            seed=SEED,
-        )
+    config = GateConfig(confidence=confidence)
+    enough = len(rows.before) >= MIN_PERPLEXITY_ROWS
+    bounds = rows.difference(config) if enough else None
+    first, second = before.perplexities[dataset, group], after.perplexities[dataset, group]
+    mean = first.nats_per_token - second.nats_per_token
+    if rows.unit == "byte":
+        mean = first.bits_per_byte - second.bits_per_byte
     return PerplexityDifference(
         dataset=dataset,
         group=group,
-        rows=len(before),
-        mean=saved / sum(sizes),
+        rows=len(rows.before),
+        mean=mean,
         low=bounds.low if bounds else None,
         high=bounds.high if bounds else None,
-        unit="token" if same else "byte",
+        unit=rows.unit,
         outcome=None,
         sentence="",
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.evaluate.items import Item, PerplexityRow, read_items, read_perplexity
+from posttrain.evaluate.pairing import Evaluation
 from posttrain.evaluate.results import EvaluationResults, PerplexityResult, TaskResult
 from posttrain.evaluate.samples import Sample
 from posttrain.evaluate.shares import wilson
@@ -95,15 +96,22 @@ class Measured:
                 found |= {(dataset, group): one for group, one in result.groups.items()}
         return found
 
-    def rows_of(self, dataset: str, group: str) -> list[PerplexityRow]:
-        """The held-out rows behind one of `perplexities`."""
+    @property
+    def evaluation(self) -> Evaluation:
+        """As the gate reads it."""
+        items = [item for of_task in self.items.values() for item in of_task]
+        return Evaluation(self.label, self.results, items, self.rows)
+
+    def of_group(self, dataset: str, group: str) -> Evaluation:
+        """The same without the held-out rows of the dataset's other groups; empty means all."""
         others = self.results.other_perplexities
-        return [
+        rows = [
             row
             for row in self.rows
-            if (row.dataset == dataset if dataset else row.dataset not in others)
+            if (row.dataset if row.dataset in others else "") == dataset
             and group in ("", row.group)
         ]
+        return Evaluation(self.label, self.results, (), rows)
 
 
 def is_binary(scores: Sequence[float]) -> bool:

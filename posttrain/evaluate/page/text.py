@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from markupsafe import escape
+import re
+
+from markupsafe import Markup, escape
 
 from posttrain.data.report import visible
 
@@ -43,3 +45,9 @@ def p_value(p: float | None) -> str:
 def plain_name(name: str, task: str = "") -> str:
     """A leaf task for reading: `mmlu_world_religions` of `mmlu` is `world religions`."""
     return name.removeprefix(f"{task}_").replace("_", " ")
+
+
+def breakable(name: str) -> Markup:
+    """A task's name that a line may break in at its punctuation."""
+    parts = re.split(r"(?<=[:_.-])", cut(name, 160))
+    return Markup("<wbr>").join(parts)
