@@ -11,6 +11,7 @@ from prefect.states import Completed, Failed
 
 from posttrain.home import Home
 from posttrain.opening import open_pipeline
+from posttrain.repair.after_run import next_steps
 from posttrain.run import PipelineRun, stage_table_markdown, verdict_of
 from tasks import STAGE_TASKS
 from tasks.stage import untracked
@@ -37,12 +38,13 @@ def post_training(
             if verdict_of(pipeline, run.artifacts) in ("fail", "not enough evidence"):
                 break
         create_markdown_artifact(stage_table_markdown(pipeline, run.outcomes), key="stages")
-    return _final_state(run)
+    return _final_state(run, recipe)
 
 
-def _final_state(run: PipelineRun) -> State[None]:
+def _final_state(run: PipelineRun, recipe: str) -> State[None]:
     """A gate that says no ends the run in a state of its own: nobody ships it by mistake."""
     verdict = verdict_of(run.pipeline, run.artifacts)
     if verdict in ("fail", "not enough evidence"):
-        return Failed(name="Rejected", message=f"The gate says: {verdict}.")
+        advice = next_steps(run.pipeline, run.artifacts, recipe)
+        return Failed(name="Rejected", message="\n".join([f"The gate says: {verdict}.", *advice]))
     return Completed(message="The gate says: pass." if verdict == "pass" else None)

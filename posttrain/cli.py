@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from posttrain import __version__
-from posttrain.commands import advise, data, generate, lineage, sweep
+from posttrain.commands import (
+    advise,
+    compare,
+    data,
+    generate,
+    lineage,
+    registry,
+    repair,
+    sweep,
+)
 from posttrain.errors import PosttrainError
 
 if TYPE_CHECKING:
@@ -42,6 +51,7 @@ store_app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(lineage.app, name="lineage")
+app.add_typer(registry.app, name="registry")
 app.add_typer(store_app, name="store")
 
 RecipeFile = Annotated[
@@ -95,6 +105,7 @@ def run(
 ) -> None:
     """Run a recipe: reuse what the store has, do the rest, show what came out."""
     from posttrain import console as show
+    from posttrain.repair.after_run import next_steps
     from posttrain.run import verdict_of
 
     pipeline = _open(recipe, overrides, from_stage)
@@ -113,6 +124,7 @@ def run(
         _print_json(_summary(pipeline, artifacts, keeper))
     else:
         show.show_summary(console, pipeline, artifacts, keeper.outcomes)
+        show.show_next_steps(console, next_steps(pipeline, artifacts, str(recipe)))
         console.print("Runs and their history in a browser: posttrain ui", style="dim")
 
     if verdict_of(pipeline, artifacts) in ("fail", "not enough evidence"):
@@ -233,6 +245,8 @@ def join(
     take_part(stage_dir)
 
 
+app.command("compare")(compare.compare)
+app.command("repair")(repair.repair)
 app.command("sweep")(sweep.sweep)
 app.command("advise")(advise.advise)
 app.command("generate")(generate.generate)
@@ -284,10 +298,12 @@ def store_gc(
 ) -> None:
     """Remove artifacts that no recent run needs, and what killed runs left."""
     from posttrain.home import Home
+    from posttrain.registry import registered_fingerprints
     from posttrain.store.gc import collect, find_garbage
 
-    store = Home.find().store
-    garbage = find_garbage(store, keep_runs=keep_runs, keep_days=keep_days)
+    home = Home.find()
+    store, needed = home.store, registered_fingerprints(home)
+    garbage = find_garbage(store, keep_runs=keep_runs, keep_days=keep_days, needed=needed)
     for item in garbage:
         relative = item.path.relative_to(store.root)
         typer.echo(f"{item.size / 1e6:10.1f} MB  {relative}  ({item.reason})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from posttrain import events
 from posttrain.estimate.stage import StageEstimate
-from posttrain.evaluate.results import EvaluationResults
+from posttrain.evaluate.results import EvaluationResults, PerplexityResult
 from posttrain.execute import Outcome, StageObserver
 from posttrain.pipeline import BoundStep, Output, Pipeline
 from posttrain.plan import Plan
@@ -228,6 +228,14 @@ def show_summary(
         console.print(Text(f"\nModel: {display_path(model.path)}"), soft_wrap=True)
 
 
+def show_next_steps(console: Console, lines: Sequence[str]) -> None:
+    """What to do after a gate's no."""
+    if lines:
+        console.print()
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
 def final_model(pipeline: Pipeline, artifacts: Mapping[str, Artifact]) -> Artifact | None:
     """The last model or adapter that a training or merging stage left."""
     made = [
@@ -270,7 +278,7 @@ def _evaluations(
     """What the last gate compares, the base first; without a gate the last two evaluations."""
     gates = [step for step in pipeline.steps if step.stage == "gate"]
     if gates:
-        named = {"candidate": "tuned", "base": "base"}
+        named = {"candidate": "tuned", "base": "base", "champion": "champion"}
         found = {
             named.get(name, name.partition(":")[2]): value.step
             for name, value in gates[-1].inputs.items()
@@ -297,11 +305,17 @@ def _number_table(evaluations: Mapping[str, Artifact]) -> Table:
         shown = [f"{other.value:.3f}" if other else "" for other in others]
         name = f"{task.task} ({task.metric})"
         table.add_row(name, str(task.n), f"{task.value:.3f}", *shown)
-    perplexities = [one.perplexity for one in results]
-    if base.perplexity and all(perplexities):
-        values = [f"{one.perplexity:.2f}" for one in perplexities if one]
-        table.add_row("perplexity", f"{base.perplexity.rows}", *values)
+    for dataset in ("", *base.other_perplexities):
+        found = [_perplexity(one, dataset) for one in results]
+        if found[0] is not None:
+            values = [f"{one.perplexity:.2f}" if one else "" for one in found]
+            name = f"perplexity on {dataset}" if dataset else "perplexity"
+            table.add_row(name, str(found[0].rows), *values)
     return table
+
+
+def _perplexity(results: EvaluationResults, dataset: str) -> PerplexityResult | None:
+    return results.other_perplexities.get(dataset) if dataset else results.perplexity
 
 
 def _show_samples(console: Console, evaluations: Mapping[str, Artifact]) -> None:

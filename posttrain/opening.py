@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from posttrain.pipeline import Pipeline, Rows
 from posttrain.recipe import (
     EvaluateConfig,
     GateConfig,
+    JudgeConfig,
     MixConfig,
     PrepareConfig,
     PretrainConfig,
@@ -139,6 +141,7 @@ def _open_datasets(recipe: Recipe, store: Store, problems: list[Problem]) -> dic
             problems.append(Problem(f"datasets.{name}.source", str(error)))
     problems += _mix_problems(recipe, families)
     problems += _test_set_problems(recipe, families)
+    problems += _judge_problems(recipe, families)
     return rows
 
 
@@ -217,6 +220,24 @@ def _test_set_problems(recipe: Recipe, families: Mapping[str, RowFamily | None])
         for number, tests in enumerate(stage.test_sets)
         if families.get(tests.dataset) not in (None, "chats")
     ]
+
+
+def _judge_problems(recipe: Recipe, families: Mapping[str, RowFamily | None]) -> list[Problem]:
+    """A judge needs prompts, and an endpoint its key."""
+    problems = []
+    for position, stage in enumerate(recipe.stages):
+        if not isinstance(stage, JudgeConfig):
+            continue
+        where = f"stages[{position}].judge"
+        if stage.dataset is not None and families.get(stage.dataset) == "documents":
+            message = f"`{stage.dataset}` holds documents, which are no prompts"
+            problems.append(Problem(f"{where}.dataset", message, "name a dataset of chats"))
+        key = stage.by.endpoint.api_key_env if stage.by.endpoint else None
+        if key is not None and not os.environ.get(key):
+            message = f"the environment variable {key} is not set"
+            fix = "set it to the endpoint's key, or write `api_key_env: null` where none is needed"
+            problems.append(Problem(f"{where}.by.endpoint.api_key_env", message, fix))
+    return problems
 
 
 def _benchmark_problems(recipe: Recipe) -> list[Problem]:

@@ -104,21 +104,21 @@ class FlowObserver(StageObserver):
 def _keep_report(outcome: Outcome, run: PipelineRun) -> None:
     """Show a verdict's, a dataset's or a training's report among the run's artifacts."""
     folder, name = outcome.artifact.path, outcome.artifact.manifest.name
+    key = name.replace("_", "-")
+    # A browser follows no link from a server's page to a file, so its path is shown.
+    page = f"\n\nThe whole report: `{folder / 'report.html'}`"
     try:
         if (folder / "training.json").exists():
-            key = f"loss-{name}".replace("_", "-")
-            create_markdown_artifact(loss_markdown(folder), key=key)
+            create_markdown_artifact(loss_markdown(folder), key=f"loss-{key}")
         if (folder / "verdict.md").exists():
             verdict = (folder / "verdict.md").read_text(encoding="utf-8")
-            create_markdown_artifact(verdict, key="verdict")
-        if (folder / "report.html").exists():
-            key = f"report-{name}".replace("_", "-")
+            create_markdown_artifact(verdict + page, key="verdict")
+        if (folder / "report.json").exists():
             data = ReportData.model_validate_json((folder / "report.json").read_bytes())
-            # A browser follows no link from a server's page to a file, so its path is shown.
-            page = f"\n\nThe whole report: `{folder / 'report.html'}`"
-            create_markdown_artifact(report_markdown(data) + page, key=key)
-            address = run.tracker.artifacts_page(name)
-            if address is not None:
-                create_link_artifact(address, "report.html in MLflow", key=f"{key}-page")
+            create_markdown_artifact(report_markdown(data) + page, key=f"report-{key}")
+        address = run.tracker.artifacts_page(name)
+        if (folder / "report.html").exists() and address is not None:
+            link = f"report-{key}-page"
+            create_link_artifact(address, "report.html in MLflow", key=link)
     except MissingContextError:
         return

@@ -102,7 +102,9 @@ class JudgingSteps(DataSteps):
         elif name is None:
             self._problem(where, "has no prompts to ask", "name a `dataset`")
         elif (dataset := self._prepare(f"{where}.dataset", name)) is not None:
-            config = config.model_copy(update={"dtype": resolve_dtype(config.dtype)})
+            named = model.step if isinstance(model, Output) else config.model
+            update = {"dtype": resolve_dtype(config.dtype), "model": named}
+            config = config.model_copy(update=update)
             inputs = {"model": model, OPPONENT: opponent, "dataset": dataset}
             inputs |= self._judges(where, config.by)
             self.comparisons[self._add("judge", config, inputs).step] = model

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -113,9 +113,8 @@ def promote(
     from posttrain.home import Home
     from posttrain.registry import Registry
 
-    registry = Registry(Home.find())
-    which = "challenger" if version == "challenger" else _number(version)
-    _show_moved(registry.promote(name, which, override=override), as_json)
+    moved = Registry(Home.find()).promote(name, _which(version), override=override)
+    _show_moved(moved, as_json)
 
 
 @app.command("rollback")
@@ -181,9 +180,11 @@ def _find(home: Home, reference: str) -> tuple[Graph, Artifact]:
     return graph, found
 
 
-def _number(version: str) -> int:
+def _which(version: str) -> int | Literal["challenger"]:
     from posttrain.errors import UsageError
 
+    if version == "challenger":
+        return "challenger"
     digits = version.removeprefix("v")
     if not digits.isdecimal():
         raise UsageError(f"{version}: write the number of a version, such as 3, or `challenger`")

@@ -65,7 +65,7 @@ def main() -> None:
 
 def _leave_system() -> bool:
     """Enter new namespaces, and say whether as root; else with a user namespace of one's own."""
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and _has_other_users():
         try:
             _call("unshare", _NEW_SYSTEM)
         except PermissionError:  # root in name only, as in most containers
@@ -78,6 +78,15 @@ def _leave_system() -> bool:
     (own / "setgroups").write_text("deny")
     (own / "uid_map").write_text(f"0 {user} 1")
     (own / "gid_map").write_text(f"0 {group} 1")
+    return False
+
+
+def _has_other_users() -> bool:
+    """Whether the users that a program may become exist here; some containers have root alone."""
+    for line in Path("/proc/self/uid_map").read_text().splitlines():
+        first, _, count = map(int, line.split())
+        if first <= _FIRST_ID and first + count >= _FIRST_ID + _IDS:
+            return True
     return False
 
 
@@ -110,10 +119,10 @@ def _watch(program: int, said: int, job: dict[str, Any]) -> dict[str, str]:
     except BlockingIOError:  # a process that the program left holds the pipe open
         words = ""
     outcome, _, message = words.removeprefix(job["token"]).partition(":")
-    if words.startswith(job["token"]) and outcome in ("passed", "failed", "error"):
-        return (
-            {"error": message} if outcome == "error" else {"outcome": outcome, "message": message}
-        )
+    if words.startswith(job["token"]) and outcome == "error":
+        return {"error": message}
+    if words.startswith(job["token"]) and outcome in ("passed", "failed"):
+        return {"outcome": outcome, "message": message}
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (9, 24):  # KILL, XCPU
         return {"outcome": "timeout", "message": "used up its computing time"}
     if os.WIFSIGNALED(status):
@@ -134,8 +143,8 @@ def _build_root(scratch: Path, disk_mb: int) -> None:
     root, old = scratch / "root", scratch / "old"
     for path in _outermost([sys.base_prefix, sys.base_exec_prefix, *_LIBRARIES]):
         _show(path, root, _READ_ONLY | _NO_SUID | _NO_DEVICES)
-    for path in _DEVICES:
-        _show(Path(path), root, _READ_ONLY | _NO_SUID)
+    for device in _DEVICES:
+        _show(Path(device), root, _READ_ONLY | _NO_SUID)
     work = root / _WORK.lstrip("/")
     work.mkdir()
     options = f"size={disk_mb}m,nr_inodes=10000,mode=777"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from posttrain.data.operations.base import Side
 from posttrain.data.prepared import PreparedDataset
 from posttrain.data.rows import Chat, Document, Row
 from posttrain.evaluate.items import PerplexityRow
@@ -47,7 +48,7 @@ class HeldOut:
         are of one.
         """
         rows = self.dataset.unseen(limit)
-        side = "test" if self.dataset.sizes["test"] else "validation"
+        side: Side = "test" if self.dataset.sizes["test"] else "validation"
         groups = self.dataset.origins(side) or [row.category or REST for row in rows]
         groups = groups[: len(rows)]
         several = 1 < len(set(groups)) <= _MOST_GROUPS
@@ -74,7 +75,7 @@ def open_held_out(
     return main, [other for other in others if main is None or other.name != main.name]
 
 
-def score_held_out(
+def score(
     datasets: Sequence[HeldOut],
     weights: Weights,
     tokenizer: PreTrainedTokenizerBase,

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -162,5 +162,5 @@ def _read(path: Path, header: bytes) -> dict[str, Answer]:
     return {request: Answer(*answer) for request, *answer in zip(*columns, strict=True)}
 
 
-def _checksum(columns: tuple[list[object], ...]) -> bytes:
+def _checksum(columns: Sequence[Sequence[object]]) -> bytes:
     return hashlib.sha256(json.dumps(columns).encode()).hexdigest().encode()

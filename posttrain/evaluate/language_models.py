@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from posttrain.errors import DataError, ModelError
 from posttrain.evaluate.item_cache import Answer, AnswerCache
 from posttrain.events import EventWriter
+from posttrain.hardware import ResolvedDType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +43,8 @@ _PORTION: dict[tuple[bool, bool], int] = {
     (True, True): 128,
 }
 """Items asked before their answers are kept, by whether there is a GPU and whether answers are
-written: half a minute or so, for 135M parameters on two cores and for 7B on a GPU."""
+written. A kill costs the work on one portion: about a minute of a small model on a slow machine. It
+still fills many batches, and the examples before a question are shared by most of it."""
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks that vLLM can be set to."""
@@ -51,7 +53,7 @@ _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 class Weights:
     """A model in transformers, loaded when it is first needed."""
 
-    def __init__(self, source: StageInput, dtype: str, events: EventWriter) -> None:
+    def __init__(self, source: StageInput, dtype: ResolvedDType, events: EventWriter) -> None:
         """Remember what to load."""
         self._source = source
         self._dtype = dtype
@@ -177,12 +179,11 @@ class RememberingLM:
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """How likely a text is after a prompt, in nats, and whether greedy decoding writes it."""
         answers = self._answer("loglikelihood", requests)
-        return [(float(answer.log_likelihood or 0), bool(answer.greedy)) for answer in answers]
+        return [(_nats(answer), bool(answer.greedy)) for answer in answers]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """How likely a whole text is, in nats."""
-        answers = self._answer("loglikelihood_rolling", requests)
-        return [float(answer.log_likelihood or 0) for answer in answers]
+        return [_nats(answer) for answer in self._answer("loglikelihood_rolling", requests)]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """What is written after a prompt."""
@@ -295,6 +296,12 @@ def _to_answer(kind: Kind, given: Any) -> Answer:
             return Answer(log_likelihood=float(given))
         case "generate_until":
             return Answer(text=str(given))
+
+
+def _nats(answer: Answer) -> float:
+    if answer.log_likelihood is None:
+        raise TypeError(f"not a likelihood: {answer}")
+    return answer.log_likelihood
 
 
 class _Progress:

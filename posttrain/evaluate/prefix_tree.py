@@ -11,6 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+_KEYS_A_TOKEN = 1024
+"""Attending to so many keys takes about as long as all else that is done with a token. By count it
+is six times the hidden size (Kaplan et al., arXiv:2001.08361); attention is the slower part."""
+_TOKENS_A_PASS = 64
+"""A pass of few tokens takes about as long as one of so many."""
+
 
 @dataclass(frozen=True)
 class Query:
@@ -49,10 +55,10 @@ class Node:
             yield node
             stack += reversed(node.children)
 
-    def close(self, high: int) -> None:
-        """Nothing more comes below it."""
-        self.high = high
-        self.size = self.end - self.start + sum(child.size for child in self.children)
+    @property
+    def length(self) -> int:
+        """Tokens of its own."""
+        return self.end - self.start
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class PackedRow:
     ends: tuple[int, ...]
     """Column behind the last token that may attend to this one."""
     targets: tuple[Target, ...]
+    """By column."""
 
 
 @dataclass(frozen=True)
@@ -95,28 +102,30 @@ class Pass:
 
 
 class PrefixTree:
-    """A radix tree over the tokens of all queries."""
+    """A radix tree over the tokens of all queries, without what is not worth being shared.
 
-    def __init__(self, queries: Sequence[Query]) -> None:
+    Args:
+        queries: in any order, some perhaps of the same tokens.
+        budget: most tokens of a pass, padding included and kept tokens not.
+    """
+
+    def __init__(self, queries: Sequence[Query], budget: int) -> None:
         self._queries = sorted(queries, key=lambda query: query.tokens)
+        self._budget = budget
         self.root = self._grow()
 
-    def passes(self, budget: int) -> Iterator[Pass]:
-        """Depth first, so that only the tokens above the present branch need to be kept.
-
-        Args:
-            budget: most tokens of a pass, padding included and kept tokens not.
-        """
+    def passes(self) -> Iterator[Pass]:
+        """Depth first, so that only the tokens above the present branch need to be kept."""
         stack = [self.root]
         while stack:
             node = stack.pop()
-            for start in range(node.start, node.end, budget):
-                end = min(start + budget, node.end)
+            for start in range(node.start, node.end, self._budget):
+                end = min(start + self._budget, node.end)
                 keep = end < node.end or bool(node.children)
                 yield Pass(start, (self._pack([(node, start, end)], nested=False),), keep)
-            for rows in _share_out(node, budget):
+            for rows in _share_out(node, self._budget):
                 yield Pass(node.end, tuple(self._pack(_spans(row)) for row in rows), keep=False)
-            stack += [child for child in reversed(node.children) if child.size > budget]
+            stack += [child for child in reversed(node.children) if child.size > self._budget]
 
     def _grow(self) -> Node:
         root = Node(0, 0, 0)
@@ -124,15 +133,54 @@ class PrefixTree:
         before: tuple[int, ...] = ()
         for number, query in enumerate(self._queries):
             shared = _shared_length(before, query.tokens)
-            _climb(branch, shared, number)
+            self._climb(branch, shared, number)
             if len(query.tokens) > shared:
                 leaf = Node(shared, len(query.tokens), number)
                 branch[-1].children.append(leaf)
                 branch.append(leaf)
             before = query.tokens
-        _climb(branch, 0, len(self._queries))
-        root.close(len(self._queries))
+        self._climb(branch, 0, len(self._queries))
+        root.high = len(self._queries)
+        root.size = sum(child.size for child in root.children)
         return root
+
+    def _climb(self, branch: list[Node], depth: int, high: int) -> None:
+        """Close the nodes of a branch that reach below `depth`; the last one is split there."""
+        while branch[-1].end > depth:
+            node = branch.pop()
+            if branch[-1].end < depth:
+                upper = Node(node.start, depth, node.low, children=[node])
+                branch[-1].children[-1] = upper
+                branch.append(upper)
+                node.start = depth
+            node.high = high
+            node.size = node.length + sum(child.size for child in node.children)
+            branch[-1].children[-1:] = self._worthwhile(node)
+
+    def _worthwhile(self, node: Node) -> list[Node]:
+        """The node, or what is below it, each with a copy of the node's tokens.
+
+        Sharing saves all copies but one. It costs attention between the branches, computed and
+        masked, if all are in one row; and a pass of its own if they do not fit into one.
+        """
+        if not node.children:
+            return [node]
+        ended = self._ended(node)
+        saved = node.length * (len(node.children) - (0 if ended else 1))
+        fits = node.size <= self._budget
+        if saved >= (node.size**2 / _KEYS_A_TOKEN if fits else _TOKENS_A_PASS):
+            return [node]
+        for child in node.children:
+            child.start = node.start
+            child.size += node.length
+        return [*ended, *node.children]
+
+    def _ended(self, node: Node) -> list[Node]:
+        """A leaf for the queries that end with this node; they come first among those below it."""
+        high = node.children[0].low
+        if high == node.low:
+            return []
+        return [Node(node.start, node.end, node.low, high, node.length)]
 
     def _pack(self, spans: Sequence[tuple[Node, int, int]], nested: bool = True) -> PackedRow:
         """One row of positions `start` to `end` of each node, in this order."""
@@ -146,6 +194,7 @@ class PrefixTree:
             positions += range(start, end)
             ends += [column + (node.size if nested else end - start)] * (end - start)
             targets += self._targets(node, start, end, column)
+        targets.sort(key=lambda target: target.column)
         return PackedRow(tuple(tokens), tuple(positions), tuple(ends), tuple(targets))
 
     def _targets(self, node: Node, start: int, end: int, column: int) -> Iterator[Target]:
@@ -166,18 +215,6 @@ def _shared_length(one: tuple[int, ...], other: tuple[int, ...]) -> int:
         else:
             high = middle - 1
     return low
-
-
-def _climb(branch: list[Node], depth: int, number: int) -> None:
-    """Close the nodes of a branch that reach below `depth`; the last one is split there."""
-    while branch[-1].end > depth:
-        node = branch.pop()
-        if branch[-1].end < depth:
-            upper = Node(node.start, depth, node.low, children=[node])
-            branch[-1].children[-1] = upper
-            branch.append(upper)
-            node.start = depth
-        node.close(number)
 
 
 def _share_out(node: Node, budget: int) -> Iterator[list[list[Node]]]:

@@ -12,13 +12,13 @@ import copy
 import logging
 import random
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
+from torch.nn import functional
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -59,8 +59,14 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, *, tokens_per_pass: int | None = None, **options: Any) -> None:
-        super().__init__(**options)
         self._tokens_per_pass = tokens_per_pass
+        # A question is encoded with each of its choices, and each time on its own too.
+        self._encode = lru_cache(maxsize=8)(super().tok_encode)
+        super().__init__(**options)
+
+    def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+        """Tokens of a text, as `HFLM` has them."""
+        return list(self._encode(string, *args, **options))
 
     @property
     def tokens_per_pass(self) -> int:
@@ -110,7 +116,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         queries = [self._query(index, request) for index, request in enumerate(requests)]
         tallies = [_Tally(len(query.targets)) for query in queries]
         kept: DynamicCache | None = None
-        for step in PrefixTree(queries).passes(budget):
+        for step in PrefixTree(queries, budget).passes():
             logits, cache = self._read(step, kept)
             kept = cache if step.keep else kept
             for index, log_likelihood, greedy in self._scored(step, logits):
@@ -198,33 +204,39 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
 
     def _scored(self, step: Pass, logits: torch.Tensor) -> list[tuple[int, float, bool]]:
         """Of each target: its query, log-probability, and whether no token is more probable."""
-        places: list[int] = []
-        seen = 0
-        for row in step.rows:
-            columns = sorted({target.column for target in row.targets})
-            place = {column: seen + number for number, column in enumerate(columns)}
-            places += [place[target.column] for target in row.targets]
-            seen += len(columns)
         targets = [target for row in step.rows for target in row.targets]
         if not targets:
             return []
-        where = torch.tensor(places, device=logits.device)
+        spots = [
+            (number, target.column)
+            for number, row in enumerate(step.rows)
+            for target in row.targets
+        ]
+        place = {spot: number for number, spot in enumerate(dict.fromkeys(spots))}
+        where = torch.tensor([place[spot] for spot in spots], device=logits.device)
         asked = torch.tensor([target.token for target in targets], device=logits.device)
-        dtype = self.softmax_dtype or torch.promote_types(logits.dtype, torch.float32)
-        scores, best = [], []
-        begin = 0
-        for block in logits.split(_LOGITS_AT_ONCE):
-            here = (where >= begin) & (where < begin + len(block))
-            # Not `logsumexp`: that rounds in another way, 1e-5 a token on a CPU.
-            probabilities = F.log_softmax(block, dim=-1, dtype=dtype)
-            scores.append(probabilities[where[here] - begin, asked[here]])
-            best.append(probabilities.argmax(-1))
-            begin += len(block)
-        greedy = torch.cat(best)[where] == asked
+        scores, best = self._log_probabilities(logits, where, asked)
+        greedy = best == asked
         return [
             (target.index, score, hit)
-            for target, score, hit in zip(targets, torch.cat(scores).tolist(), greedy.tolist(), strict=True)
+            for target, score, hit in zip(targets, scores.tolist(), greedy.tolist(), strict=True)
         ]
+
+    def _log_probabilities(
+        self, logits: torch.Tensor, where: torch.Tensor, asked: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the tokens `asked` after the logits at `where`, ascending; and the likeliest there."""
+        dtype = self.softmax_dtype or torch.promote_types(logits.dtype, torch.float32)
+        scores, best = [], []
+        for begin in range(0, len(logits), _LOGITS_AT_ONCE):
+            # Not `logsumexp`: it rounds in another way, by 1e-5 a token on a CPU.
+            block = functional.log_softmax(
+                logits[begin : begin + _LOGITS_AT_ONCE], dim=-1, dtype=dtype
+            )
+            here = (where >= begin) & (where < begin + len(block))
+            scores.append(block[where[here] - begin, asked[here]])
+            best.append(block.argmax(-1)[where[here] - begin])
+        return torch.cat(scores), torch.cat(best)
 
     def _differs(self) -> str | None:
         """Score a small tree in both ways; what is wrong with ours, if anything."""

@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ class _Answered:
 
     answers: Sequence[Answer]
     """The greedy one to each; an empty one where the prompt is too long for the model."""
-    samples: dict[tuple[int, float], Sequence[Sequence[Answer]]]
+    samples: Mapping[tuple[int, float], Sequence[Sequence[Answer]]]
     """Several to each, by their number and temperature, for the metrics that ask for them."""
     too_long: frozenset[int]
     """Questions that the model cannot read, as places among the questions."""
@@ -122,7 +122,22 @@ def _answer(
     for wanted in _sampled(tests):
         columns = _sample(context, model, tokenizer, prompts, wanted, longest)
         samples[wanted] = list(zip(*(put_back(column) for column in columns), strict=True))
-    return _Answered(greedy, samples, too_long)
+    answered = _Answered(greedy, samples, too_long)
+    _warn_of_cut_off(events, tests, answered)
+    return answered
+
+
+def _warn_of_cut_off(events: EventWriter, tests: LoadedTestSet, answered: _Answered) -> None:
+    every = [
+        *answered.answers,
+        *(one for rows in answered.samples.values() for row in rows for one in row),
+    ]
+    endless = sum(not answer.ended for answer in every)
+    if endless > CUT_OFF_WARNED * len(every):
+        events.warning(
+            f"{tests.config.dataset}: {endless:,} of {len(every):,} answers reach `max_new_tokens` "
+            f"({tests.config.max_new_tokens:,}) without an end; what is missing counts as wrong"
+        )
 
 
 def _room(model: PreTrainedModel, tests: TestSet) -> int:

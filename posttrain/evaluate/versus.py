@@ -66,18 +66,19 @@ class Compared:
     improvement: Improvement | None = None
 
     @property
+    def _all(self) -> list[Check | PerplexityCheck | Improvement]:
+        last = [self.improvement] if self.improvement else []
+        return [*self.checks, *self.perplexities, *last]
+
+    @property
     def p_values(self) -> list[float]:
         """Of all checks: small speaks for what would fail it."""
-        values = [one.p_worse for one in (*self.checks, *self.perplexities)]
-        return [*values, self.improvement.p_worse] if self.improvement else values
+        return [one.p_worse for one in self._all]
 
     @property
     def outcomes(self) -> list[tuple[Outcome, str]]:
         """Of all checks, with their sentences."""
-        found = [(one.verdict, one.sentence) for one in (*self.checks, *self.perplexities)]
-        if self.improvement:
-            found.append((self.improvement.verdict, self.improvement.sentence))
-        return found
+        return [(one.verdict, one.sentence) for one in self._all]
 
     def corrected(self, largest_p: float) -> Compared:
         """The same with failures left open whose p-value is above what counts beside the others."""

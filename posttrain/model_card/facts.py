@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from posttrain.data.prepared import Counts
 from posttrain.evaluate.results import EvaluationResults
 from posttrain.lineage import Graph
-from posttrain.lineage.graph import WEIGHTS, gets_in, name_of
+from posttrain.lineage.graph import WEIGHTS, name_of
 from posttrain.plan import flatten
 from posttrain.recipe import STAGES, DatasetSpec, TrainingConfig
 from posttrain.registry.judged import Judged
+from posttrain.registry.ways import way_to
 from posttrain.store import Artifact
 from posttrain.store.store import STAGE_FOLDER
 
@@ -62,7 +63,7 @@ class Facts:
         cls, graph: Graph, model: Artifact, judged: Judged | None, licenses: Mapping[str, str]
     ) -> Facts:
         """Read the store."""
-        steps = tuple(_in_order(graph, model))
+        steps = way_to(graph, model)
         evaluation = judged.evaluation if judged else _latest_evaluation(graph, model)
         return cls(
             model=model,
@@ -135,22 +136,6 @@ def _public(value: Any) -> Any:
     if isinstance(value, list):
         return [_public(item) for item in value]
     return {key: _public(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _in_order(graph: Graph, model: Artifact) -> Iterator[Artifact]:
-    """The ancestors, each after its own inputs; the same order for the same store."""
-    seen: set[str] = set()
-
-    def visit(one: Artifact) -> Iterator[Artifact]:
-        if one.fingerprint in seen:
-            return
-        seen.add(one.fingerprint)
-        for name, made in sorted(graph.inputs(one), key=lambda pair: pair[0]):
-            if gets_in(one.manifest.stage, name):
-                yield from visit(made)
-        yield one
-
-    return visit(model)
 
 
 def _bases(step: Artifact) -> Iterator[str]:

@@ -60,6 +60,10 @@ class ModelJudge(Strict):
     """Name of an earlier stage, or a model as the recipe's `model` names one."""
     instructions: Annotated[str, Field(min_length=1)] = INSTRUCTIONS
     """What counts. How the verdict is to be written is added."""
+    when_orders_disagree: Literal["tie", "average"] = "tie"
+    """`tie`: a verdict that changes with the order is none. `average`: the mean log-odds over both
+    orders decide, in which a liking for one place cancels (Wang et al., 2023, arXiv:2305.17926);
+    for small judges, which nearly always choose the same place."""
     batch_size: Annotated[int, Field(ge=1)] = unhashed(8, "Comparisons a forward pass.")
 
     @model_validator(mode="before")

@@ -21,7 +21,7 @@ class RegisterConfig(StageConfig):
     produces: ClassVar[ArtifactKind] = "registration"
 
     stage: Literal["register"] = "register"
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # type: ignore[assignment]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the registered model."""
     model: str | None = None
     """Name of an earlier stage whose model is registered. Default: what the gate chose, or the

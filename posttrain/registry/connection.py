@@ -33,7 +33,8 @@ def nothing_tracked(home: Home) -> bool:
     Costs no import of MLflow.
     """
     uri = home.tracking_uri
-    return uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).exists()
+    file = uri.removeprefix(_SQLITE).partition("?")[0]
+    return uri.startswith(_SQLITE) and not Path(file).exists()
 
 
 @contextmanager
@@ -81,8 +82,8 @@ def _explain(uri: str, error: Exception) -> str:
     said = lines[0][:300] if lines else type(error).__name__
     if uri.startswith("http") and "API request to" in said:
         return (
-            f"the model registry at {shown(uri)} cannot be reached; nothing was changed by this "
-            f"request. Start the server, or set {TRACKING_URI} to another one ({said})"
+            f"the model registry at {shown(uri)} cannot be reached; start its server, or set "
+            f"{TRACKING_URI} to another one"
         )
     return f"the model registry at {shown(uri)}: {said}"
 

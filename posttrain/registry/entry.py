@@ -9,6 +9,7 @@ from posttrain.evaluate.results import Verdict
 from posttrain.lineage import Graph
 from posttrain.lineage.graph import SHORT, label
 from posttrain.registry.judged import Judged
+from posttrain.registry.ways import way_to
 from posttrain.store import Artifact
 
 PREFIX = "posttrain."
@@ -41,9 +42,8 @@ class Entry:
     @classmethod
     def of(cls, graph: Graph, model: Artifact, judged: Judged | None) -> Entry:
         """Look up a model's history in the store."""
-        way = [one for one in graph.ancestors(model).values() if one.kind != "dataset"]
-        way.sort(key=lambda one: (one.manifest.created, one is model, one.fingerprint))
-        return cls(model, tuple(way), judged)
+        way = tuple(one for one in way_to(graph, model) if one.kind != "dataset")
+        return cls(model, way, judged)
 
     @property
     def verdict(self) -> str:

@@ -20,17 +20,13 @@ def logged_model(client: MlflowClient, home: Home, model: Artifact) -> str:
     There is none where the run was not tracked, or by another server.
     """
     run = _run(client, model.manifest.mlflow_run_id)
-    outputs = run.outputs.model_outputs if run is not None and run.outputs else []
-    for output in outputs:
-        found = client.get_logged_model(output.model_id)
-        if found.tags.get(FINGERPRINT) == model.fingerprint:
-            return str(found.model_id)
     experiment = run.info.experiment_id if run else _experiment(client, home, model.manifest.recipe)
-    # A killed attempt may have made it.
-    known = client.search_logged_models(
-        [experiment], filter_string=f"tags.`{FINGERPRINT}` = '{model.fingerprint}'", max_results=1
-    )
-    return str(known[0].model_id) if known else _create(model, experiment, run)
+    # Else one of another run that made the same, or of a killed attempt to register it.
+    same = f"tags.`{FINGERPRINT}` = '{model.fingerprint}'"
+    known = client.search_logged_models([experiment], filter_string=same)
+    of_the_run = [one for one in known if run and one.source_run_id == run.info.run_id]
+    found = [*of_the_run, *known]
+    return str(found[0].model_id) if found else _create(model, experiment, run)
 
 
 def _create(model: Artifact, experiment: str, run: Run | None) -> str:

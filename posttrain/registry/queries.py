@@ -45,8 +45,14 @@ def all_models(client: MlflowClient) -> list[RegisteredModel]:
     return sorted(found, key=lambda model: str(model.name))
 
 
-def versions_where(client: MlflowClient, condition: str) -> list[ModelVersion]:
-    """All versions that a filter of MLflow finds, first to last."""
+def versions_of(
+    client: MlflowClient, name: str, tag: tuple[str, str] | None = None
+) -> list[ModelVersion]:
+    """All versions of a registered model, first to last; with a tag, those that have it."""
+    quote = '"' if "'" in name else "'"  # MLflow's filters have no escape
+    condition = f"name = {quote}{name}{quote}"
+    if tag is not None:
+        condition += f" and tags.`{tag[0]}` = '{tag[1]}'"
     page = client.search_model_versions(condition)
     found = list(page)
     while page.token:

@@ -28,7 +28,7 @@ from posttrain.registry.entry import (
 from posttrain.registry.history import Alias, Change, read_history
 from posttrain.registry.logged_model import logged_model
 from posttrain.registry.moves import alias_of, move, override_tags, previous_champion
-from posttrain.registry.queries import all_models, model_named, version_of, versions_where
+from posttrain.registry.queries import all_models, model_named, version_of, versions_of
 from posttrain.registry.records import Moved, Registered, Registration, Version
 from posttrain.store.locks import exclusive
 
@@ -80,7 +80,7 @@ class Registry:
         """
         with self._looking() as client:
             aliases = _known(client, name).aliases
-            found = versions_where(client, f"name = '{name}'")
+            found = versions_of(client, name)
             return [_version(one, aliases) for one in found]
 
     def history(self, name: str) -> list[Change]:
@@ -210,8 +210,7 @@ class Registry:
         """The version of a model, made or brought up to date."""
         tags = entry.tags() | override_tags(override)
         if model_named(client, name) is not None:
-            same = f"name = '{name}' and tags.`{FINGERPRINT}` = '{entry.model.fingerprint}'"
-            known = versions_where(client, same)
+            known = versions_of(client, name, (FINGERPRINT, entry.model.fingerprint))
             if known:
                 _update(client, known[0], tags, entry.description())
                 return int(known[0].version)
@@ -292,7 +291,7 @@ def _wanted(client: MlflowClient, name: str, version: int | Literal["challenger"
         version = challenger
     found = version_of(client, name, version)
     if found is None:
-        known = ", ".join(f"v{one.version}" for one in versions_where(client, f"name = '{name}'"))
+        known = ", ".join(f"v{one.version}" for one in versions_of(client, name))
         raise UsageError(f"{name} has no version {version}; it has {known or 'none'}")
     return found
 
@@ -301,7 +300,7 @@ def _registered(client: MlflowClient, model: RegisteredModel) -> Registered:
     previous = previous_champion(client, model)
     return Registered(
         name=model.name,
-        versions=len(versions_where(client, f"name = '{model.name}'")),
+        versions=len(versions_of(client, model.name)),
         champion=alias_of(model, "champion"),
         challenger=alias_of(model, "challenger"),
         previous_champion=int(previous.version) if previous else None,

@@ -39,6 +39,16 @@ class Behind:
         return tuple(index for index in self.models if isinstance(stages[index], TrainingConfig))
 
     @property
+    def measured_on_training(self) -> bool:
+        """Whether the first candidate's perplexity is on what the last training stage learned."""
+        evaluate = self.recipe.stages[self.evaluations[0]]
+        named = evaluate.dataset if isinstance(evaluate, EvaluateConfig) else None
+        stages = [self.recipe.stages[n] for n in self.trained]
+        learned = {one.dataset for one in stages if isinstance(one, TrainingConfig)}
+        parts = {part for name in learned for part in self.recipe.made_of(name)}
+        return named is None or named in learned | parts
+
+    @property
     def judges(self) -> tuple[int, ...]:
         """The `judge` stages before the gate."""
         stages = enumerate(self.recipe.stages[: self.gate])

@@ -134,5 +134,5 @@ def _ratings(short: Shortage) -> Remedy:
 
 def _rounded_up(value: float) -> int:
     """Two significant digits, upwards."""
-    size = max(10 ** (math.floor(math.log10(max(value, 1))) - 1), 1)
+    size = int(10 ** max(math.floor(math.log10(max(value, 1))) - 1, 0))
     return math.ceil(value / size - 1e-9) * size

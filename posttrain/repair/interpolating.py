@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from posttrain.recipe import MergeConfig, TrainingConfig
 from posttrain.recipe.evaluate import EvaluateConfig
 from posttrain.recipe.judge import JudgeConfig
-from posttrain.repair.behind import BASE, Behind, model_of, stage_names
+from posttrain.repair.behind import BASE, Behind, leaves_model, model_of, stage_names
 from posttrain.repair.remedy import (
     ALIGNMENT_TAX,
     WISE_FT,
@@ -22,10 +22,14 @@ from posttrain.repair.remedy import (
 )
 from posttrain.repair.symptoms import Symptom
 
-LADDER = (0.85, 0.7, 0.5, 0.3)
+LADDER = (0.85, 0.7, 0.5, 0.3, 0.15)
 """Weights of the tuned model that are tried, one after the other."""
-_FIRST = 0.7
-_LAST = "interpolate"
+_FIRST, _FIRST_LOW = 0.7, 0.3
+"""Between these lies the first weight that is tried."""
+_FAR = 2.0
+"""Times the allowed drop that is guessed to be left, from which on it is no more than a try."""
+_NAME = "interpolate"
+"""Of the added stage, where the recipe has another `merge`."""
 
 
 def step_back(
@@ -33,14 +37,17 @@ def step_back(
 ) -> Iterator[Remedy]:
     """Interpolate, or interpolate further, towards the base."""
     present = _present(behind)
-    below = [w for w in LADDER if w < (present if present is not None else 1.0)]
-    left = [w for w in below if _id(w) not in tried]
+    now = 1.0 if present is None else present
+    left = [w for w in LADDER if w < now and _id(w) not in tried]
     if not left or not _has_line(behind):
         return
-    fitting = [w for w in left if w <= _largest(symptom)] or left[-1:]
+    fitting = [w for w in left if w <= _largest(symptom, now)] or left[-1:]
     weight = fitting[0]
-    why = f"{symptom.sentence}. {_guess(symptom, weight)}"
-    yield _remedy(behind, weight, why.strip(), confidence)
+    guess = _guess(symptom, weight, now)
+    why = f"{symptom.sentence}. {guess}" if guess else symptom.sentence
+    if symptom.excess * (weight / now) ** 2 > _FAR:
+        confidence = "a try"
+    yield _remedy(behind, weight, why, confidence)
 
 
 def step_forward(behind: Behind, symptom: Symptom, tried: frozenset[str]) -> Iterator[Remedy]:
@@ -70,23 +77,28 @@ def _id(weight: float) -> str:
     return f"interpolate-{weight:g}"
 
 
-def _largest(symptom: Symptom) -> float:
+def _largest(symptom: Symptom, now: float) -> float:
     """The weight at which a drop that grows with its square is what was allowed.
 
     Near a minimum of the base's own loss that is how it grows; a guess all the same, and no more
-    than `_FIRST` where the drop is merely possible.
+    than a first step where the drop is merely possible.
     """
-    return min(_FIRST, math.sqrt(1 / max(symptom.excess, 1.0)))
+    fits = now * math.sqrt(1 / max(symptom.excess, 1.0))
+    return max(_FIRST_LOW, min(_FIRST, fits)) if now == 1 else fits
 
 
-def _guess(symptom: Symptom, weight: float) -> str:
+def _guess(symptom: Symptom, weight: float, now: float) -> str:
     if symptom.excess <= 1:
         return ""
-    times = symptom.excess * weight**2
+    times = symptom.excess * (weight / now) ** 2
     return (
-        f"A drop that grows with the square of the weight would be {times:.1f} times what is "
-        f"allowed at {weight:g}, instead of {symptom.excess:.1f} times"
+        f"If it grows with the square of the weight, it is {_times(times)} what is allowed at "
+        f"{weight:g}, instead of {_times(symptom.excess)}"
     )
+
+
+def _times(value: float) -> str:
+    return f"{value:,.0f} times" if value >= 10 else f"{value:.1f} times"
 
 
 def _present(behind: Behind) -> float | None:
@@ -119,18 +131,16 @@ def _edits(behind: Behind, weight: float) -> Iterator[Edit]:
         return
     reason = "part of the way from base to tuned weights (WiSE-FT), so that less is forgotten"
     if isinstance(head, MergeConfig) and not head.models:
-        yield Change(
-            (*stages, "method"), "interpolate", f"folded the adapter as it was; now {reason}"
-        )
-        yield Change((*stages, "weight"), weight, "1 is the tuned model, 0 the base")
+        yield Change((*stages, "method"), "interpolate", f"was a plain fold: {reason}")
+        yield Change((*stages, "weight"), weight, "added: 1 is the tuned model, 0 the base")
         if _far_from_base(behind):
-            yield Change((*stages, "base"), BASE, "not only the last stage's changes")
+            yield Change((*stages, "base"), BASE, "added: not only the last stage's changes")
         return
     yield from _inserted(behind, weight, reason)
 
 
 def _inserted(behind: Behind, weight: float, reason: str) -> Iterator[Edit]:
-    """A stage before the first one that measures the model, and their `model` where they name it."""
+    """A stage before the first one that measures the model, which they then name."""
     recipe, head = behind.recipe, behind.models[0]
     names = stage_names(recipe)
     measuring = [n for n in _measuring(behind) if model_of(recipe, n) == head]
@@ -160,8 +170,6 @@ def _measuring(behind: Behind) -> Sequence[int]:
 
 def _current(behind: Behind, position: int) -> int | None:
     """The model that a stage at this position would start from, if it named none."""
-    from posttrain.repair.behind import leaves_model
-
     before = [n for n in range(position) if leaves_model(behind.recipe.stages[n])]
     return before[-1] if before else None
 
@@ -171,10 +179,10 @@ def _merge_name(behind: Behind) -> str:
     head = _head(behind)
     if isinstance(head, MergeConfig) and not head.models:
         return names[behind.models[0]]
-    name, count = ("merge" if "merge" not in names else _LAST), 1
+    name, count = ("merge" if "merge" not in names else _NAME), 1
     while name in names:
         count += 1
-        name = f"{_LAST}-{count}"
+        name = f"{_NAME}-{count}"
     return name
 
 

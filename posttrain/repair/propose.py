@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from posttrain.evaluate.results import Verdict
 from posttrain.recipe import Recipe
@@ -65,13 +65,18 @@ def _as_a_deed(title: str) -> str:
 
 
 def _in_order(verdict: Verdict, behind: Behind, tried: frozenset[str]) -> Iterator[Remedy]:
-    found = symptoms(verdict, behind.config.reward_hacking == "fail")
+    found = symptoms(
+        verdict,
+        hacking_fails=behind.config.reward_hacking == "fail",
+        trained_on=behind.measured_on_training,
+    )
     if verdict.verdict == "not enough evidence":
         # Nothing is shown to be wrong: first look closer, then change something.
         yield from measure_more(behind, list(shortages(verdict)))
     else:
         found = [symptom for symptom in found if symptom.shown] or found
-    kinds = {symptom.kind: symptom for symptom in reversed(_gravest_last(found))}
+    # Of each kind the gravest: what is shown before what is possible, then the largest drop.
+    kinds = {one.kind: one for one in sorted(found, key=lambda one: (one.shown, one.excess))}
     if "reward hacking" in kinds:
         yield from against_hacking(behind, kinds["reward hacking"])
     if "overfitting" in kinds:
@@ -84,11 +89,6 @@ def _in_order(verdict: Verdict, behind: Behind, tried: frozenset[str]) -> Iterat
         yield _from_champion(kinds["champion"])
     if verdict.verdict == "fail":
         yield from measure_more(behind, list(shortages(verdict)))
-
-
-def _gravest_last(found: Iterable[Symptom]) -> list[Symptom]:
-    """So that of each kind the first in the reverse order is the largest drop."""
-    return sorted(found, key=lambda symptom: (symptom.shown, symptom.excess), reverse=True)[::-1]
 
 
 def _forgetting(

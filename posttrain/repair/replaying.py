@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pydantic import JsonValue
+
 from posttrain.recipe import (
     MixConfig,
     PretrainConfig,
@@ -30,10 +32,10 @@ def replay(behind: Behind, symptom: Symptom) -> Iterator[Remedy]:
     if present is not None:
         yield from _larger(symptom, *present)
         return
-    source = _general(behind)
+    sources = _general(behind)
     why = f"{symptom.sentence}. Rows of the kind that was forgotten keep it in mind"
     title = f"replay: a tenth of what {_name(behind)} learns from is general rows"
-    if source is None:
+    if not sources:
         rows = "documents" if isinstance(stage, PretrainConfig) else "chats"
         what = "replay" if isinstance(stage, PretrainConfig) else "a `mix` with replay"
         yield Remedy(
@@ -48,13 +50,11 @@ def replay(behind: Behind, symptom: Symptom) -> Iterator[Remedy]:
             "`replay: {dataset: general, fraction: 0.1}`",
         )
         return
-    edits = (
-        _in_pretraining(behind, source)
-        if isinstance(stage, PretrainConfig)
-        else (_in_a_mix(behind, source))
-    )
-    identity = f"replay-{_FIRST:g}-{source}"
-    yield Remedy(identity, title, why, tuple(edits), "good", (RULE_OF_THUMB, REPLAY))
+    for source in sources:
+        made = _in_pretraining if isinstance(stage, PretrainConfig) else _in_a_mix
+        edits = tuple(made(behind, source))
+        identity = f"replay-{_FIRST:g}-{source}"
+        yield Remedy(identity, title, why, edits, "good", (RULE_OF_THUMB, REPLAY))
 
 
 def _larger(symptom: Symptom, where: tuple[str | int, ...], share: float) -> Iterator[Remedy]:
@@ -83,18 +83,17 @@ def _present(behind: Behind) -> tuple[tuple[str | int, ...], float] | None:
     return None
 
 
-def _general(behind: Behind) -> str | None:
-    """A dataset that nothing is trained on: first one that is watched for forgetting."""
+def _general(behind: Behind) -> list[str]:
+    """Datasets that nothing is trained on, those first that are watched for forgetting.
+
+    Whether their rows are of the right kind is found out when the recipe is opened.
+    """
     recipe = behind.recipe
-    watched = [
-        name
-        for stage in recipe.stages
-        if isinstance(stage, EvaluateConfig)
-        for name in stage.other_datasets
-    ]
+    stages = [stage for stage in recipe.stages if isinstance(stage, EvaluateConfig)]
+    watched = [name for stage in stages for name in (*stage.other_datasets, stage.dataset)]
     used = _used(recipe)
-    free = [name for name in (*watched, *recipe.datasets) if name in recipe.datasets]
-    return next((name for name in free if name not in used), None)
+    names = dict.fromkeys((*watched, *recipe.datasets))
+    return [name for name in names if name in recipe.datasets and name not in used]
 
 
 def _used(recipe: Recipe) -> set[str]:
@@ -110,17 +109,17 @@ def _used(recipe: Recipe) -> set[str]:
 
 def _in_pretraining(behind: Behind, source: str) -> Iterator[Edit]:
     where, _ = last_trained(behind)
-    value = {"dataset": source, "fraction": _FIRST}
-    yield Change((*where, "replay"), {**value}, "added: general text against forgetting")
+    value: dict[str, JsonValue] = {"dataset": source, "fraction": _FIRST}
+    yield Change((*where, "replay"), value, "added: general text against forgetting")
 
 
 def _in_a_mix(behind: Behind, source: str) -> Iterator[Edit]:
     recipe, (where, stage) = behind.recipe, last_trained(behind)
-    share = {"dataset": source, "fraction": _FIRST}
+    share: dict[str, JsonValue] = {"dataset": source, "fraction": _FIRST}
     for n, one in enumerate(recipe.stages):
         if isinstance(one, MixConfig) and one.name == stage.dataset:
             path = ("stages", n, "mix", "replay")
-            yield Change(path, {**share}, "added: general rows against forgetting")
+            yield Change(path, share, "added: general rows against forgetting")
             return
     name = f"{stage.dataset}-with-{source}".lower()
     yield Change((*where, "dataset"), name, f"was {stage.dataset}")
@@ -129,8 +128,12 @@ def _in_a_mix(behind: Behind, source: str) -> Iterator[Edit]:
         if isinstance(evaluate, EvaluateConfig) and evaluate.dataset is None:
             # Else the perplexity would be that of the mix, and no more be comparable with before.
             path = ("stages", n, "evaluate", "dataset")
-            yield Change(path, stage.dataset, "as before, without the general rows")
-    body = {"name": name, "sources": [{"dataset": stage.dataset}], "replay": {**share}}
+            yield Change(path, stage.dataset, "added: as before, without the general rows")
+    body: dict[str, JsonValue] = {
+        "name": name,
+        "sources": [{"dataset": stage.dataset}],
+        "replay": share,
+    }
     position = behind.trained[0]
     yield Insertion(position, "mix", body, "added: a tenth of general rows, against forgetting")
 

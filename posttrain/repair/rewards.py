@@ -61,8 +61,8 @@ def _length_penalty(behind: Behind, symptom: Symptom) -> Iterator[Remedy]:
     yield Remedy(
         f"length-penalty-{price:g}",
         f"a price on length: {price:g} of reward a token instead of {was:g}",
-        f"{symptom.sentence}. The answers became longer; at this price what the reward rose by pays "
-        "for no more than the tokens they are longer by",
+        f"{symptom.sentence}. The answers became longer; at this price what the reward rose by "
+        "pays for no more than the tokens they are longer by",
         (Change(path, price, f"was {was:g}: longer answers shall earn nothing by their length"),),
         "fair",
         (LENGTH_BIAS,),

@@ -49,19 +49,23 @@ class Shortage:
     sentence: str
 
 
-def symptoms(verdict: Verdict, hacking_fails: bool = True) -> list[Symptom]:
+def symptoms(
+    verdict: Verdict, *, hacking_fails: bool = True, trained_on: bool = True
+) -> list[Symptom]:
     """All that keeps a verdict from being a pass, the gravest first.
 
     Args:
         verdict: Of a gate; of several candidates what it says of the first or the chosen one.
         hacking_fails: Whether a flag of the watch counts.
+        trained_on: Whether the perplexity is on rows like those that were trained on. On others a
+            rise is forgetting.
     """
     found = [*_flags(verdict)] if hacking_fails else []
     found += [one for check in verdict.checks if (one := _of_check(check)) is not None]
     if verdict.perplexity is not None:
-        found += _of_perplexity(verdict.perplexity)
+        found += _of_perplexity(verdict.perplexity, "overfitting" if trained_on else "forgetting")
     found += [
-        Symptom("forgetting", check.sentence, check.verdict == "fail")
+        Symptom("forgetting", check.sentence, check.verdict == "fail", _excess(check))
         for check in verdict.other_perplexities
         if check.verdict != "pass"
     ]
@@ -99,16 +103,20 @@ def _of_check(check: Check) -> Symptom | None:
     return Symptom("forgetting", check.sentence, shown, excess)
 
 
-def _of_perplexity(check: PerplexityCheck) -> Iterator[Symptom]:
+def _of_perplexity(check: PerplexityCheck, rise: Kind) -> Iterator[Symptom]:
     if check.verdict == "pass":
         return
     worse = check.verdict == "fail" and check.difference < 0
     if worse:
-        yield Symptom("overfitting", check.sentence, shown=True)
+        yield Symptom(rise, check.sentence, shown=True, excess=_excess(check))
     elif check.requirement == "must_improve":
         yield Symptom("no improvement", check.sentence, check.verdict == "fail")
     elif check.difference < 0:
-        yield Symptom("overfitting", check.sentence, shown=False)
+        yield Symptom(rise, check.sentence, shown=False, excess=_excess(check))
+
+
+def _excess(check: PerplexityCheck) -> float:
+    return max(-check.difference, 0.0) / _TOLERANCE
 
 
 def _flags(verdict: Verdict) -> Iterator[Symptom]:

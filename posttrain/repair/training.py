@@ -12,7 +12,6 @@ from posttrain.repair.remedy import (
     DPO,
     KL_PENALTY,
     LORA_FORGETS_LESS,
-    REPLAY,
     RULE_OF_THUMB,
     Change,
     Confidence,
@@ -38,7 +37,7 @@ def fewer_epochs(behind: Behind, symptom: Symptom) -> Iterator[Remedy]:
         reason = f"was {stage.max_steps}: a shorter run moves the weights less"
         yield Remedy(
             f"max-steps-{steps}",
-            f"fewer steps: {name} stops after {steps} instead of {stage.max_steps}",
+            f"fewer steps: {steps} instead of {stage.max_steps} in {name}",
             why,
             (Change((*where, "max_steps"), steps, reason),),
             "fair",
@@ -49,8 +48,7 @@ def fewer_epochs(behind: Behind, symptom: Symptom) -> Iterator[Remedy]:
         reason = f"was {stage.epochs:g}: fewer passes move the weights less"
         yield Remedy(
             f"epochs-{epochs:g}",
-            f"fewer epochs: {name} passes {epochs:g} times over its rows instead of "
-            f"{stage.epochs:g}",
+            f"fewer epochs: {epochs:g} instead of {stage.epochs:g} in {name}",
             why,
             (Change((*where, "epochs"), _plain(epochs), reason),),
             "fair",
@@ -81,7 +79,7 @@ def lora_for_full(behind: Behind, symptom: Symptom) -> Iterator[Remedy]:
         Change(
             (*where, "adapter"),
             {"type": "lora", "rank": LoraConfig().rank},
-            "was all weights: LoRA learns less, and forgets less",
+            "in place of all weights: LoRA learns less, and forgets less",
             in_place_of="full",
         )
     ]
@@ -169,7 +167,7 @@ def more_epochs(behind: Behind, symptom: Symptom) -> Iterator[Remedy]:
         steps = stage.max_steps * 2
         yield Remedy(
             f"max-steps-{steps}",
-            f"more steps: {name} stops after {steps} instead of {stage.max_steps}",
+            f"more steps: {steps} instead of {stage.max_steps} in {name}",
             why,
             (Change((*where, "max_steps"), steps, f"was {stage.max_steps}"),),
             "fair",
@@ -179,8 +177,7 @@ def more_epochs(behind: Behind, symptom: Symptom) -> Iterator[Remedy]:
         epochs = min(stage.epochs * 2, _MOST_EPOCHS)
         yield Remedy(
             f"epochs-{epochs:g}",
-            f"more epochs: {name} passes {epochs:g} times over its rows instead of "
-            f"{stage.epochs:g}",
+            f"more epochs: {epochs:g} instead of {stage.epochs:g} in {name}",
             why,
             (Change((*where, "epochs"), _plain(epochs), f"was {stage.epochs:g}"),),
             "fair",
@@ -211,10 +208,6 @@ def more_data(behind: Behind, symptom: Symptom) -> Iterator[Remedy]:
         else f"collect more rows like those of {' and '.join(names)}; check them with "
         f"`posttrain data`",
     )
-
-
-REPLAY_SOURCE = REPLAY
-"""For `replaying`, which mixes general rows in."""
 
 
 def last_trained(behind: Behind) -> tuple[Path, TrainingConfig]:

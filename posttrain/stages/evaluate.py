@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import DataError, ModelError
-from posttrain.evaluate.items import Item, write_items, write_perplexity
+from posttrain.evaluate.items import write_items, write_perplexity
 from posttrain.evaluate.offline import stay_local
 from posttrain.evaluate.results import (
     EvaluationResults,
     Settings,
-    TaskResult,
     TaskSettings,
     three_digits,
 )
@@ -47,52 +45,47 @@ def main(context: StageContext[EvaluateConfig]) -> StageResult:
     """
     config, events, source = context.config, context.events, context.input("model")
     stay_local(config.offline_root)
-    from posttrain.evaluate.held_out_rows import (
-        answer_samples,
-        open_held_out,
-        score_held_out,
-        summaries,
-    )
-    from posttrain.evaluate.language_models import Weights, check_backend
-
-    dataset, others = open_held_out(context.job.inputs, config)
-    datasets = [dataset, *others] if dataset else others
-    if not config.tasks and not config.test_sets and not datasets:
-        raise DataError(
-            "evaluate: nothing to measure; name `tasks`, `test_sets`, a `dataset`, or several"
-        )
+    from posttrain.evaluate import held_out_rows
     from posttrain.evaluate.harness import ask_benchmarks, load_benchmarks
+    from posttrain.evaluate.language_models import Weights, check_backend
+    from posttrain.evaluate.test_rows import load_test_sets
+    from posttrain.evaluate.test_sets import MeasuredTests, run_test_sets
     from posttrain.models import load_tokenizer
 
+    dataset, others = held_out_rows.open_held_out(context.job.inputs, config)
+    datasets = [dataset, *others] if dataset else others
+    if not config.tasks and not config.test_sets and not datasets:
+        raise DataError("evaluate: nothing to measure; name `tasks`, `test_sets` or a `dataset`")
     # Before the model: a misspelt task should not cost the minutes that loading one takes.
     check_backend(config.backend, source)
     benchmarks = load_benchmarks(_benchmarks(context, dataset.dataset if dataset else None))
-    dtype = resolve_dtype(config.dtype)
-    tokenizer = load_tokenizer(source)
-    weights = Weights(source, dtype, events)
-    max_length = _max_length(source)
+    test_sets = load_test_sets(context)
+    dtype, max_length = resolve_dtype(config.dtype), _max_length(source)
+    tokenizer, weights = load_tokenizer(source), Weights(source, dtype, events)
 
-    rows = score_held_out(datasets, weights, tokenizer, config, max_length, events)
-    samples = answer_samples(dataset, weights, tokenizer, config, events)
-    results_of_tests, items_of_tests, test_sets = _run_test_sets(context, weights, tokenizer)
+    rows = held_out_rows.score(datasets, weights, tokenizer, config, max_length, events)
+    samples = held_out_rows.answer_samples(dataset, weights, tokenizer, config, events)
+    tests = MeasuredTests((), (), ())
+    if test_sets:
+        tests = run_test_sets(context, weights.load(), tokenizer, test_sets)
     if config.tasks:
         events.phase(f"asking {', '.join(config.tasks)}")
     # Last, as vLLM takes the GPU's memory for itself.
     asked = ask_benchmarks(_language_model(context, weights, tokenizer, dtype), benchmarks)
 
-    write_items(context.output, [*asked.items, *items_of_tests])
-    write_perplexity(context.output, rows)
-    write_json(context.output / "samples.json", [sample.model_dump() for sample in samples])
-    settings = _settings(config, tokenizer, dtype, max_length, asked.settings, test_sets)
-    perplexity, other_perplexities = summaries(rows, dataset, others)
+    settings = _settings(config, tokenizer, dtype, max_length, asked.settings, tests.settings)
+    perplexity, other_perplexities = held_out_rows.summaries(rows, dataset, others)
     results = EvaluationResults(
-        tasks=(*asked.results, *results_of_tests),
+        tasks=(*asked.results, *tests.results),
         perplexity=perplexity,
         settings=settings,
         settings_digest=settings.digest,
         other_perplexities=other_perplexities,
     )
     results.save(context.output)
+    write_items(context.output, [*asked.items, *tests.items])
+    write_perplexity(context.output, rows)
+    write_json(context.output / "samples.json", [sample.model_dump() for sample in samples])
     return StageResult(
         metrics=_metrics(results),
         headline=_headline(results),
@@ -164,18 +157,6 @@ def _max_length(source: StageInput) -> int:
         raise ModelError(f"{folder}: its config.json cannot be read: {error}") from error
     window = getattr(config, "max_position_embeddings", None) or PERPLEXITY_MAX_LENGTH
     return min(PERPLEXITY_MAX_LENGTH, int(window))
-
-
-def _run_test_sets(
-    context: StageContext[EvaluateConfig], weights: Weights, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Sequence[TaskResult], Sequence[Item], tuple[dict[str, Any], ...]]:
-    """Results, items and settings; nothing without test sets."""
-    if not context.config.test_sets:
-        return (), (), ()
-    from posttrain.evaluate.test_sets import run_test_sets
-
-    measured = run_test_sets(context, weights.load(), tokenizer)
-    return measured.results, measured.items, measured.settings
 
 
 def _language_model(

@@ -46,6 +46,7 @@ def main(context: StageContext[JudgeConfig]) -> StageResult:
         candidate=config.model or "candidate",
         opponent=config.against,
         judge=judge,
+        average=config.by.model is not None and config.by.model.when_orders_disagree == "average",
         remarks=_remarks(context, pairs),
         seed=config.seed,
     )

@@ -73,7 +73,7 @@ class Objective:
     @property
     def ends(self) -> frozenset[str]:
         """The steps that a trial has to reach."""
-        return frozenset({self.step, self.gate} - {None})
+        return frozenset({self.step} if self.gate is None else {self.step, self.gate})
 
 
 @dataclass(frozen=True)

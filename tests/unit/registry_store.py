@@ -171,8 +171,13 @@ class Judging(Made):
             settings=SETTINGS,
             settings_digest=SETTINGS.digest,
         )
+
+        def write(folder: Path) -> None:
+            results.save(folder)
+            (folder / "items").write_text(model.digest)
+
         config = {"value": value}
-        made = self.put("evaluate", "evaluation", {"model": model}, results.save, config=config)
+        made = self.put("evaluate", "evaluation", {"model": model}, write, config=config)
         return self._told(made, metrics={"hellaswag": value})
 
     def _told(self, artifact: Artifact, **facts: object) -> Artifact:

@@ -186,6 +186,27 @@ WRONG: dict[str, tuple[list[Any], str]] = {
         [SFT, {"judge": {"by": {"model": "models/nowhere"}}}],
         "stages[1].judge.by.model: ",
     ),
+    "a judge without its key": (
+        [
+            SFT,
+            {
+                "judge": {
+                    "by": {
+                        "endpoint": {
+                            "url": "http://localhost:1/v1",
+                            "model": "any",
+                            "api_key_env": "NOBODYS_KEY",
+                        }
+                    }
+                }
+            },
+        ],
+        "stages[1].judge.by.endpoint.api_key_env: the environment variable NOBODYS_KEY is not set",
+    ),
+    "prompts from documents": (
+        [SFT, {"judge": {"dataset": "texts"}}],
+        "stages[1].judge.dataset: `texts` holds documents, which are no prompts",
+    ),
     "sheets that are not there": (
         [SFT, {"judge": {"by": {"people": {"ratings": ["anna.csv"]}}}}],
         "stages[1].judge.by.people.ratings[0]: there is no file `anna.csv`",

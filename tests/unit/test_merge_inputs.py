@@ -183,12 +183,92 @@ def test_folding_knows_how_the_base_was_held_in_training(open_recipe: Any) -> No
         ({"models": [{"model": "one", "wieght": 1}], "method": "ties"}, "did you mean `weight`"),
         ({"models": ["one", "tow"], "method": "linear"}, "no stage before this one is `tow`"),
         ({"quantization": {}}, "is known from the stage that trained the adapter"),
+        ({"weight": 0.5}, "`weight` belongs to `method: interpolate`: write it with that method"),
+        (
+            {"models": BOTH, "method": "linear", "weight": 0.5},
+            "`weight` belongs to `method: interpolate`: write it beside each of `models`",
+        ),
+        (
+            {"models": ["one"], "method": "interpolate"},
+            "`interpolate` lies between one model and its base: write `model` and `base`",
+        ),
+        ({"method": "interpolate", "t": 0.2}, "`interpolate` takes `weight`, `model` and `base`"),
+        ({"method": "interpolate", "into": "adapter"}, "`into` is for merging several models"),
+        ({"method": "interpolate", "weight": 1.2}, "less than or equal to 1"),
+        ({"method": "interpolate", "weight": -0.1}, "greater than or equal to 0"),
+        ({"method": "interpolate", "model": "base"}, "no stage before it trains"),
+        ({"method": "interpolate", "model": "tow"}, "no stage before this one is `tow`"),
+        ({"method": "interpolate", "base": "one"}, "`one` leaves an adapter"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(
     open_recipe: Any, settings: dict[str, Any], message: str
 ) -> None:
     assert message in problems_of(open_recipe, sft("one"), sft("two", "more"), merge(**settings))
+
+
+# Interpolation
+
+
+def interpolate(**settings: Any) -> dict[str, Any]:
+    return merge(method="interpolate", **settings)
+
+
+def test_an_interpolation_reads_both_ends_and_the_rows_that_were_learned(open_recipe: Any) -> None:
+    pipeline = open_recipe(sft("one"), interpolate(weight=0.7), "evaluate")
+    step = pipeline.step("merge")
+    assert step.kind == "model"
+    assert step.inputs == {
+        "model": pipeline.step("one").output,
+        "base": pipeline.step("one").inputs["model"],
+        "prompts:chats": pipeline.step("prepare-chats").output,
+    }
+    assert pipeline.step("evaluate").inputs["model"] == step.output
+
+
+@pytest.mark.parametrize(
+    ("stages", "base"),
+    [
+        ([sft("one", **FULL)], None),
+        ([sft("one"), merge(name="folded")], None),
+        ([sft("one", **FULL), sft("two", model="one", **FULL)], "one"),
+        ([sft("one", **FULL), sft("two", model="one"), merge(name="folded")], "one"),
+        ([sft("one"), sft("two", "more"), merge(name="both", method="linear", models=BOTH)], None),
+        ([sft("one"), interpolate(name="first")], None),
+        ([sft("one", **FULL), sft("two", model="one"), interpolate(name="x", base="base")], None),
+    ],
+    ids=["full", "folded", "second", "folded second", "several", "again", "again from another"],
+)
+def test_it_goes_back_towards_the_last_model_that_one_was_trained_from(
+    open_recipe: Any, stages: list[Any], base: str | None
+) -> None:
+    pipeline = open_recipe(*stages, interpolate(name="last"))
+    first = pipeline.step("one").inputs["model"]
+    assert pipeline.step("last").inputs["base"] == (pipeline.step(base).output if base else first)
+
+
+def test_a_base_may_be_named(open_recipe: Any) -> None:
+    stages = (sft("one", **FULL), sft("two", model="one"), interpolate(base="base"))
+    pipeline = open_recipe(*stages)
+    assert pipeline.step("merge").inputs["base"] == pipeline.step("one").inputs["model"]
+    text = problems_of(open_recipe, sft("one", **FULL), interpolate(base="one"))
+    assert "model and base are the same, so nothing lies between them" in text
+
+
+def test_what_is_no_part_of_the_weights_has_nothing_between(open_recipe: Any) -> None:
+    text = problems_of(open_recipe, sft("one", adapter={"type": "prefix"}), interpolate())
+    assert "the prefix adapter of `one` cannot become part of the weights" in text
+
+
+def test_another_weight_is_another_merge_and_leaves_the_training_alone(
+    open_recipe: Any, tmp_path: Path
+) -> None:
+    prints = set()
+    for weight in (0.3, 0.7):
+        pipeline = open_recipe(sft("one"), interpolate(weight=weight))
+        done = made_up(pipeline, tmp_path / f"made-up-{weight}")
+        prints.add(pipeline.bind(pipeline.step("merge"), done).fingerprint)
+    assert len(prints) == 2
 
 
 @pytest.mark.parametrize(

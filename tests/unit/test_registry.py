@@ -98,18 +98,18 @@ def test_the_version_points_to_the_model_that_the_run_logged(home, made, registr
 
     client = client_of(home)
     experiment = client.create_experiment("tiny", (home.mlflow_artifacts / "tiny").as_uri())
-    run = client.create_run(experiment)
+    run, other = client.create_run(experiment), client.create_run(experiment)
     model = made.candidate(mlflow=run.info.run_id)
     mlflow.set_tracking_uri(home.tracking_uri)
-    logged = mlflow.create_external_model(
-        name="tiny-merge",
-        source_run_id=run.info.run_id,
-        experiment_id=experiment,
-        tags={"posttrain.fingerprint": model.fingerprint},
+    logged, _ = (
+        mlflow.create_external_model(
+            name="tiny-merge",
+            source_run_id=one.info.run_id,
+            experiment_id=experiment,
+            tags={"posttrain.fingerprint": model.fingerprint},
+        )
+        for one in (run, other)
     )
-    from mlflow.entities import LoggedModelOutput
-
-    client.log_outputs(run.info.run_id, [LoggedModelOutput(logged.model_id, step=0)])
     os.environ.pop("MLFLOW_TRACKING_URI")
     registry.register(NAME, made.entry(model))
     found = client.get_model_version(NAME, "1")
@@ -199,14 +199,14 @@ def test_a_name_that_would_break_a_filter_is_refused(made, registry):
 
 def test_the_verdict_of_the_latest_run_counts(made):
     model = made.candidate(1, None)
-    strict, loose = made.judge(model, "fail", 0.40), made.judge(model, "pass", 0.41)
-    for number, gate in enumerate((loose, strict)):
-        record = {"recipe": "tiny", "started": f"2026-01-0{number + 1}", "artifacts": {}}
-        record["artifacts"] = {"merge": model.fingerprint, "gate": gate.fingerprint}
-        made.store.record_run(str(number), record)
-    judged = judged_by(Graph.read(made.store), model)
-    assert judged is not None
-    assert judged.verdict.verdict == "fail"
+    gates = {"fail": made.judge(model, "fail", 0.40), "pass": made.judge(model, "pass", 0.41)}
+    for number, (outcome, gate) in enumerate([*gates.items(), *gates.items()]):
+        record = {"recipe": "tiny", "started": f"2026-01-0{number + 1}"}
+        artifacts = {"merge": model.fingerprint, "gate": gate.fingerprint}
+        made.store.record_run(str(number), {**record, "artifacts": artifacts})
+        judged = judged_by(Graph.read(made.store), model)
+        assert judged is not None
+        assert judged.verdict.verdict == outcome
 
 
 # Promotion and rollback
@@ -254,7 +254,7 @@ def test_rollback_to_weights_that_are_gone_is_refused(home, made, registry):
     three_champions(made, registry)
     fingerprint = registry.versions(NAME)[1].fingerprint
     shutil.rmtree(home.store.path_of("model", fingerprint))
-    with pytest.raises(StoreError, match="v2: its model .* is no longer in the store"):
+    with pytest.raises(StoreError, match="is no longer in the store"):
         registry.rollback(NAME)
     assert registry.model(NAME).champion == 3
 
@@ -308,6 +308,23 @@ def test_unknown_names_and_versions_are_named(made, registry):
         registry.history("other")
     with pytest.raises(UsageError, match="no champion to roll back from"):
         registry.rollback(NAME)
+
+
+def test_a_clock_that_is_behind_does_not_change_the_order(home, made, registry):
+    registry.register(NAME, made.entry(made.candidate(1)), alias="champion")
+    later = Change(
+        at=datetime(2100, 1, 1, tzinfo=UTC),
+        **{"who": "ada", "action": "promote", "alias": "challenger", "before": None, "after": 1},
+    )
+    client_of(home).set_registered_model_tag(NAME, *later.tag)
+    registry.register(NAME, made.entry(made.candidate(2)), alias="champion")
+    assert [change.after for change in registry.history(NAME)] == [1, 1, 2]
+
+
+def test_models_that_others_registered_are_listed_whatever_their_name(home, registry):
+    client_of(home).create_registered_model("somebody's model")
+    (found,) = registry.models()
+    assert (found.name, found.versions, found.champion) == ("somebody's model", 0, None)
 
 
 # What others ask
@@ -450,11 +467,13 @@ program.run_program(RegisterConfig, register.main)
 """
 
 
-@pytest.mark.parametrize("where", ["update_model_version", "set_registered_model_alias", "finish"])
+@pytest.mark.parametrize(
+    "where",
+    ["_create_model_version", "update_model_version", "set_registered_model_alias", "finish"],
+)
 def test_a_killed_stage_that_is_repeated_makes_no_second_version(home, made, registry, where):
     registry.register(NAME, made.entry(made.candidate(1)), alias="champion")
     model = made.candidate(2)
-    gate = [a for a in made.store.artifacts() if a.kind == "verdict"][-1]
     gate = judged_by(Graph.read(made.store), model).gate
     config = {"name": NAME, "alias": "champion"}
     folder = stage_dir(home.root, config, {"model": model, "verdict": gate})

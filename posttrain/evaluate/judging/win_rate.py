@@ -5,6 +5,7 @@ No torch here: votes in, numbers out.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,8 +14,10 @@ from scipy import stats
 
 from posttrain.evaluate.judging.pairs import ORDERS, Pair, Preferred, Vote
 from posttrain.evaluate.results import WinRate
+from posttrain.evaluate.shares import wilson
 from posttrain.evaluate.statistics import paired_difference
 from posttrain.preferences.agreement import PairAgreement, pair_agreement
+from posttrain.preferences.blinding import draw_orders
 from posttrain.preferences.rated import FEW
 
 ADVISED = 50
@@ -87,6 +90,7 @@ def tally(
     candidate: str,
     opponent: str,
     judge: str,
+    average: bool = False,
     remarks: Sequence[str] = (),
     seed: int = 0,
 ) -> Tallied:
@@ -102,15 +106,16 @@ def tally(
         candidate: Name of the stage whose answers are judged.
         opponent: Name of the other one.
         judge: Who compared; empty where nobody has yet.
+        average: Where the orders disagree, have the mean of the votes' margins decide.
         remarks: Further warnings, for the beginning of the list.
         seed: Of the bootstrap.
     """
     by_rater = _by_rater(votes)
-    said = {rater: _said_of(given) for rater, given in by_rater.items()}
+    said = {rater: _said_of(given, average) for rater, given in by_rater.items()}
     scores = [_score(pair, said) if judge else None for pair in pairs]
     known = tuple(score for score in scores if score is not None)
     low, high = interval(known, seed=seed) if known else (None, None)
-    agreements = _agreements(by_rater)
+    agreements = _agreements(pairs, said, seed)
     tallied = Tallied(
         win_rate=WinRate(
             candidate=candidate,
@@ -142,28 +147,29 @@ def tally(
     return _warned(tallied, found)
 
 
-def interval(
-    scores: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0
-) -> tuple[float, float]:
-    """Two-sided interval of a mean of scores in [0, 1] where one half is a tie.
+def interval(scores: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """Two-sided 95% interval of a mean of scores in [0, 1] where one half is a tie.
 
     A win rate is 1/2 + d/2 with d the share of wins less the share of losses: the difference of two
     paired proportions, ties being the pairs that agree. So this is the gate's interval for such
     differences: Tango's score interval, widened to the bootstrap's where that is wider; for means
     over raters Student's in place of Tango's. Wilson's interval with ties as half wins would have
-    the variance of a sample without ties, and be far too wide with many.
+    the variance of a sample without ties, and be far too wide with many; it is used only where all
+    scores are the same and no tie, so that the others have no variance to go by.
 
     Args:
         scores: At least one.
-        confidence: Of the interval, both sides together.
         seed: Of the bootstrap.
 
     Returns:
         Lower and upper end, within [0, 1].
     """
+    if len(set(scores)) == 1 and scores[0] != 0.5:
+        share = wilson(sum(scores), len(scores))
+        return share.low, share.high
     leaning = 2 * np.asarray(scores, dtype=np.float64) - 1
     won, lost = np.maximum(leaning, 0), np.maximum(-leaning, 0)
-    found = paired_difference(lost, won, confidence=(1 + confidence) / 2, seed=seed)
+    found = paired_difference(lost, won, confidence=(1 + CONFIDENCE) / 2, seed=seed)
     return max(0.0, 0.5 + found.low / 2), min(1.0, 0.5 + found.high / 2)
 
 
@@ -175,15 +181,22 @@ def _by_rater(votes: Sequence[Vote]) -> dict[str, dict[str, list[Vote]]]:
     return found
 
 
-def _said_of(given: Mapping[str, Sequence[Vote]]) -> dict[str, Preferred]:
+def _said_of(given: Mapping[str, Sequence[Vote]], average: bool = False) -> dict[str, Preferred]:
     """Pair -> what a rater said of it in all orders; pairs without a readable verdict left out."""
     said: dict[str, Preferred] = {}
     for pair, votes in given.items():
         verdicts = {vote.preferred for vote in votes}
         if None not in verdicts:
             [first, *others] = verdicts
-            said[pair] = "tie" if others or first is None else first
+            agreed = first if not others and first is not None else "tie"
+            said[pair] = _leaning(votes) if others and average else agreed
     return said
+
+
+def _leaning(votes: Sequence[Vote]) -> Preferred:
+    """What the margins say on average."""
+    margin = sum(vote.margin or 0.0 for vote in votes)
+    return "candidate" if margin > 0 else "opponent" if margin < 0 else "tie"
 
 
 def _score(pair: Pair, said: Mapping[str, Mapping[str, Preferred]]) -> float | None:
@@ -211,9 +224,23 @@ def _consistent(by_rater: Mapping[str, Mapping[str, Sequence[Vote]]]) -> float |
     return sum(both) / len(both) if both else None
 
 
-def _agreements(by_rater: Mapping[str, Mapping[str, Sequence[Vote]]]) -> list[PairAgreement]:
-    said = {rater: _said_of(given) for rater, given in by_rater.items()}
-    return pair_agreement({rater: dict(own) for rater, own in said.items()})
+def _agreements(
+    pairs: Sequence[Pair], said: Mapping[str, Mapping[str, Preferred]], seed: int
+) -> list[PairAgreement]:
+    """Each two raters, on each pair's two answers in an order that is drawn.
+
+    Not on candidate and opponent: raters who agree because one model is plainly better would be
+    said to agree by chance.
+    """
+    orders = draw_orders(len(pairs), random.Random(f"agreement:{seed}"))
+    turned = {pair.id: order == "BA" for pair, order in zip(pairs, orders, strict=True)}
+
+    def category(pair: str, verdict: Preferred) -> str:
+        return verdict if verdict == "tie" else str((verdict == "candidate") != turned[pair])
+
+    return pair_agreement(
+        {rater: {pair: category(pair, v) for pair, v in own.items()} for rater, own in said.items()}
+    )
 
 
 def _kappa(agreements: Sequence[PairAgreement]) -> float | None:
@@ -280,10 +307,9 @@ def _about_place(by_rater: Mapping[str, Mapping[str, Sequence[Vote]]]) -> list[s
             count = max(first, decided - first)
             twice = any(len(votes) == 2 for votes in given.values())
             where = "prompts on which the order decided" if twice else "choices"
-            makes = ", which makes ties" if twice else ""
             said.append(
                 f"the place of an answer sways {rater}: the one shown {place} was preferred in "
-                f"{count} of {decided} {where}{makes}"
+                f"{count} of {decided} {where}"
             )
     return said
 

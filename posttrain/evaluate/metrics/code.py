@@ -62,7 +62,9 @@ class CodeMetric:
         )
         passed = tuple(share([kind == "passed" for kind in kinds]) for kinds in found)
         timeouts = share([kind == "timeout" for kinds in found for kind in kinds])
-        return Scores(values, also={"passed": passed}, corpus={"timeouts": timeouts})
+        return Scores(
+            values, also={f"{self._config.title}_passed": passed}, corpus={"timeouts": timeouts}
+        )
 
 
 def pass_at_k(n: int, passed: int, k: int) -> float:
@@ -70,7 +72,8 @@ def pass_at_k(n: int, passed: int, k: int) -> float:
 
     1 - C(n - passed, k) / C(n, k): Chen et al., 2021, arXiv:2107.03374, equation 1.
     """
-    return 1.0 - math.comb(n - passed, k) / math.comb(n, k)
+    every = math.comb(n, k)
+    return (every - math.comb(n - passed, k)) / every
 
 
 def code_of(text: str) -> str:

@@ -104,7 +104,7 @@ class NumbersMetric:
 class RegexMetric:
     """Whether an answer matches a pattern."""
 
-    packages = ("regex",)
+    packages: tuple[str, ...] = ("regex",)
 
     def __init__(self, config: Regex) -> None:
         self._config = config
@@ -113,6 +113,7 @@ class RegexMetric:
     def refuse(self, reference: str) -> str | None:
         """Any reference will do: it does not count."""
         del reference
+        return None
 
     def score(self, cases: Sequence[Case], tell: Tell) -> Scores:
         """1 or 0 each."""

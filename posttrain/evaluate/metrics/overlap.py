@@ -30,7 +30,7 @@ class RougeMetric:
     left. On ASCII text the words, and so the scores, are the library's.
     """
 
-    packages = ("rouge-score", "regex")
+    packages: tuple[str, ...] = ("rouge-score", "regex")
 
     def __init__(self, config: Rouge) -> None:
         from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
@@ -85,7 +85,7 @@ class SacreMetric:
     item leaves out runs that are longer than it, and smooths (`effective_order`, `exp`).
     """
 
-    packages = ("sacrebleu",)
+    packages: tuple[str, ...] = ("sacrebleu",)
 
     def __init__(self, config: Bleu | Chrf) -> None:
         self._title = config.title
@@ -114,7 +114,8 @@ class SacreMetric:
 
 def _scorers(config: Bleu | Chrf) -> tuple[Any, Any]:
     """For single items, and for all of them."""
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     if isinstance(config, Chrf):
         chrf = CHRF(word_order=config.word_order, lowercase=config.ignore_case)

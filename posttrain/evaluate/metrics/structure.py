@@ -16,7 +16,7 @@ _FENCE = regex.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", regex.DOTAL
 class JsonMetric:
     """Whether an answer is JSON, as RFC 8259 has it, and conforms to a schema."""
 
-    packages = ("jsonschema",)
+    packages: tuple[str, ...] = ("jsonschema",)
 
     def __init__(self, config: Json) -> None:
         self._config = config
@@ -27,7 +27,7 @@ class JsonMetric:
                 Draft202012Validator,
                 validator_for,
             )
-            from jsonschema_specifications import REGISTRY
+            from jsonschema_specifications import REGISTRY  # type: ignore[import-untyped]
 
             kind = validator_for(config.json_schema, default=Draft202012Validator)
             # This registry fetches nothing from the network, unlike the default one.
@@ -36,6 +36,7 @@ class JsonMetric:
     def refuse(self, reference: str) -> str | None:
         """Any reference will do: it does not count."""
         del reference
+        return None
 
     def score(self, cases: Sequence[Case], tell: Tell) -> Scores:
         """1 or 0 each; with a schema `..._valid` beside it: valid JSON, conforming or not."""

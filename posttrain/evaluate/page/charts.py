@@ -145,8 +145,6 @@ class Curves:
     """How a training stage went."""
 
     stage: str
-    measure: str
-    """What is drawn, as the figure's second word."""
     said: str
     """First and kept value in words."""
     drawing: Markup
@@ -191,7 +189,7 @@ def curves(stage: str, history: History) -> Curves | None:
     )
     axes = [*_FRAME.rules(y, marks), *_FRAME.ticks(x, step_marks(last), "{:,.0f}".format)]
     drawing = _FRAME.svg(f"{stage}: {said}", [*axes, *lines, *dots])
-    return Curves(stage=stage, measure=measure, said=said, drawing=drawing)
+    return Curves(stage=stage, said=said, drawing=drawing)
 
 
 def share_bar(parts: Sequence[tuple[str, float]]) -> Markup:

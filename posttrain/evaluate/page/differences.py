@@ -15,6 +15,10 @@ from posttrain.evaluate.results import Check, Outcome, PerplexityCheck, Verdict,
 from posttrain.evaluate.task_check import check_task
 from posttrain.recipe.gate import GateConfig
 
+BOTH_SIDES = 0.975
+"""Confidence of each bound of a 95% interval: nobody said beforehand which of two models should be
+the better one."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -33,7 +37,6 @@ class Difference:
     max_drop: float
     outcome: Outcome | None
     """What a gate says of it; None without one."""
-    sentence: str
 
     @property
     def event(self) -> Literal["higher", "lower", "not told apart"]:
@@ -56,7 +59,6 @@ class PerplexityDifference:
     high: float | None
     unit: Literal["token", "byte"]
     outcome: Outcome | None
-    sentence: str
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def from_versus(
 
 
 def compute(
-    before: Measured, after: Measured, *, max_drop: float, confidence: float = 0.95
+    before: Measured, after: Measured, *, max_drop: float, confidence: float = BOTH_SIDES
 ) -> Against:
     """Paired differences of any two evaluations made with the same settings.
 
@@ -116,7 +118,7 @@ def compute(
         before: What is compared with.
         after: What is compared.
         max_drop: The drop that `items_needed` is about.
-        confidence: Of each one-sided bound.
+        confidence: Of each bound.
 
     Raises:
         DataError: the two were made with different settings or on different items.
@@ -134,7 +136,7 @@ def compute(
         before=before.label,
         after=after.label,
         # No gate asked, so none answers.
-        differences=tuple(replace(_of_check(one), outcome=None, sentence="") for one in checks),
+        differences=tuple(replace(_of_check(one), outcome=None) for one in checks),
         perplexities=_perplexities(before, after, (), confidence),
         confidence=confidence,
     )
@@ -162,7 +164,6 @@ def _of_check(check: Check) -> Difference:
         items_needed=check.items_needed,
         max_drop=check.max_drop,
         outcome=check.verdict,
-        sentence=check.sentence,
     )
 
 
@@ -198,7 +199,6 @@ def _of_perplexity_check(check: PerplexityCheck) -> PerplexityDifference:
         high=check.high,
         unit=check.unit,
         outcome=check.verdict,
-        sentence=check.sentence,
     )
 
 
@@ -228,5 +228,4 @@ def _of_rows(
         high=bounds.high if bounds else None,
         unit=rows.unit,
         outcome=None,
-        sentence="",
     )

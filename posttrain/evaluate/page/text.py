@@ -16,8 +16,10 @@ _CUT = " …"
 def cut(text: str, characters: int) -> str:
     """The beginning of a text, with characters that cannot be seen as escapes."""
     begin = "\n".join(text[:characters].split("\n")[:LINES])
+    # Escapes are longer than what they stand for.
     shown = visible(begin)[: 2 * characters]
-    return shown if begin == text else f"{shown.rstrip()}{_CUT}"
+    whole = begin == text and len(visible(begin)) == len(shown)
+    return shown if whole else f"{shown.rstrip()}{_CUT}"
 
 
 def written_size(text: str) -> int:

@@ -79,18 +79,18 @@ def write_evaluation(
         )
         for task, values in scores.items()
     ]
-    settings = Settings(
-        lm_eval="0",
-        tasks=(),
-        limit=None,
-        seed=seed,
-        dtype="float32",
-        questions_in_chat_template=False,
-        chat_template=None,
-        perplexity_rows=200,
-        perplexity_max_length=1024,
-        **different,  # type: ignore[arg-type]
-    )
+    plain = {
+        "lm_eval": "0",
+        "tasks": (),
+        "limit": None,
+        "seed": seed,
+        "dtype": "float32",
+        "questions_in_chat_template": False,
+        "chat_template": None,
+        "perplexity_rows": 200,
+        "perplexity_max_length": 1024,
+    }
+    settings = Settings.model_validate({**plain, **different})
     EvaluationResults(
         tasks=tuple(tasks),
         perplexity=perplexity(nats, tokens, size) if len(nats) else None,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +82,113 @@ def test_a_limit_draws_the_same_items_for_a_seed_and_not_the_first_ones(ask, qui
     assert len(set(drawn)) == 8
     assert drawn != list(range(8))
     assert drawn != others
+
+
+def test_a_larger_limit_draws_the_same_items_and_more(ask, quiz):
+    drawn = [
+        {item.item_id for item in ask(Benchmarks(("quiz",), (quiz,), limit=limit)).items}
+        for limit in (3, 7, 20)
+    ]
+    assert [len(ids) for ids in drawn] == [3, 7, 20]
+    assert drawn[0] < drawn[1] < drawn[2]
+
+
+def test_an_item_says_what_was_asked_and_answered(ask, quiz):
+    asked = Benchmarks(("quiz",), (quiz,), limit=9, num_fewshot=1, chat_template=True)
+    for item in ask(asked).items:
+        assert item.question == f"{item.item_id} + 1 ="
+        assert item.choices == (str(item.item_id + 1), "no")
+        assert item.target == item.choices[item.item_id % 2]
+        assert (item.answer == item.target) == bool(item.value)
+
+
+def write_task(folder: Path, **settings: object) -> Benchmarks:
+    """The quiz, asked in another way."""
+    rows = [
+        {"question": f"{n} " * 3000 if n == 2 else f"{n}?", "choices": ["a" * n, "b"], "answer": 1}
+        for n in range(1, 4)
+    ]
+    (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "task",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "task.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        **settings,
+    }
+    (folder / "task.yaml").write_text(json.dumps(task))
+    return Benchmarks(("task",), (folder,))
+
+
+def scored_by(*metrics: str) -> list[dict[str, object]]:
+    return [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics]
+
+
+@pytest.mark.parametrize("metric", ["acc", "acc_norm", "acc_mutual_info"])
+def test_the_answer_is_the_choice_that_the_metric_counts(ask, tmp_path, metric):
+    measured = ask(write_task(tmp_path, metric_list=scored_by(metric)))
+    assert [item.metric for item in measured.items] == [metric] * 3
+    for item in measured.items:
+        assert item.target == "b"
+        assert item.answer in item.choices
+        assert (item.answer == "b") == bool(item.value)
+
+
+def test_a_long_question_keeps_its_beginning_and_its_end(ask, tmp_path):
+    item = ask(write_task(tmp_path, metric_list=scored_by("acc"))).items[1]
+    assert len(item.question) == 2000
+    assert item.question.startswith("2 2 ")
+    assert item.question.endswith(" 2")
+    assert " [...] " in item.question
+
+
+def test_a_written_answer_is_kept_as_written(ask, tmp_path):
+    task = write_task(
+        tmp_path,
+        output_type="generate_until",
+        doc_to_choice=None,
+        doc_to_target="{{choices[0]}}",
+        generation_kwargs={"until": ["\n\n"], "max_gen_toks": 5},
+        metric_list=scored_by("exact_match"),
+        filter_list=[{"name": "none", "filter": [{"function": "regex", "regex_pattern": "zzz"}]}],
+    )
+    measured = ask(task)
+    assert [item.target for item in measured.items] == ["a", "aa", "aaa"]
+    assert [item.choices for item in measured.items] == [()] * 3
+    assert [item.log_likelihoods for item in measured.items] == [()] * 3
+    # The filter finds nothing in it; the report shows it all the same.
+    assert any(item.answer for item in measured.items)
+    assert not any("[invalid]" in item.answer for item in measured.items)
+
+
+def test_a_likely_text_is_the_answer_where_the_model_would_write_it(ask, tmp_path):
+    task = write_task(
+        tmp_path,
+        output_type="loglikelihood",
+        doc_to_choice=None,
+        doc_to_target="{{choices[0]}}",
+        metric_list=scored_by("acc"),
+    )
+    for item in ask(task).items:
+        assert item.target == "a" * (item.item_id + 1)
+        assert item.answer == (item.target if item.value else "")
+
+
+def test_several_beginnings_of_one_end(ask, tmp_path):
+    task = write_task(
+        tmp_path,
+        doc_to_text="1",
+        doc_to_choice="{{['so ' ~ choices[0], 'so b']}}",
+        doc_to_target="it is",
+        metric_list=scored_by("acc"),
+    )
+    for item in ask(task).items:
+        assert (item.question, item.target, item.choices[1]) == ("it is", "so b", "so b")
+        assert (item.answer == "so b") == bool(item.value)
 
 
 def test_a_drawn_item_has_the_content_of_its_number(ask, quiz):
@@ -183,3 +291,10 @@ def test_real_benchmarks_run_from_a_folder(ask, real_data, tmp_path):
         "mmlu_anatomy",
         "mmlu_virology",
     ]
+    for item in measured.items:
+        assert len(item.choices) == 4
+        assert (item.answer == item.target) == bool(item.value), item
+        assert item.question
+        if item.task != "hellaswag":
+            assert item.choices == ("A", "B", "C", "D")
+            assert re.search(r"(?s)^\S.*\nA\. .*\nD\. .*\nAnswer:$", item.question)

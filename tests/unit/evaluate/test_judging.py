@@ -62,6 +62,23 @@ def test_a_win_needs_the_same_verdict_in_both_orders() -> None:
     assert "at least 50" in said(found)
 
 
+def test_margins_may_decide_where_the_orders_disagree() -> None:
+    """A judge that always says A, and more so where the candidate stands there."""
+    pairs = [make_pair(n) for n in range(3)]
+    votes = []
+    for pair, (at_a, at_b) in zip(pairs, [(0.9, -0.2), (0.2, -0.9), (0.3, -0.3)], strict=True):
+        votes += [
+            Vote(pair.id, "judge", "candidate", "candidate", at_a),
+            Vote(pair.id, "judge", "opponent", "opponent", at_b),
+        ]
+    names = {"candidate": "sft", "opponent": "base", "judge": "model m"}
+    found = tally(pairs, votes, average=True, **names)
+    assert found.scores == (1.0, 0.0, 0.5)
+    assert found.win_rate.first_preferred == 1.0
+    assert found.win_rate.consistent == 0.0
+    assert tally(pairs, votes, **names).scores == (0.5, 0.5, 0.5)
+
+
 def test_identical_answers_are_a_tie_that_nobody_was_asked_about() -> None:
     pairs = [make_pair(0), make_pair(1, "same", "same")]
     found = count(pairs, both_orders(pairs[0], "candidate", "candidate"))
@@ -90,11 +107,19 @@ def test_the_interval_is_that_of_a_share_without_ties_and_narrower_with_them() -
     assert tied_high - tied_low < 0.7 * (high - low)
 
 
-@pytest.mark.parametrize("score", [0.0, 0.5, 1.0])
-def test_few_equal_scores_are_not_certainty(score: float) -> None:
+@pytest.mark.parametrize("score", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_equal_scores_are_no_certainty_and_no_ignorance(score: float) -> None:
     low, high = interval([score] * 5)
     assert 0 <= low <= score <= high <= 1
-    assert high - low > 0.2
+    assert 0.2 < high - low < 0.8
+    of_many = interval([score] * 60)
+    assert 0.02 < of_many[1] - of_many[0] < 0.5 * (high - low)
+
+
+def test_nearly_equal_scores_have_an_interval_too() -> None:
+    assert interval([1.0] * 59 + [0.5]) == pytest.approx((0.932, 1.0), abs=0.01)
+    assert interval([0.0] * 59 + [0.5]) == pytest.approx((0.0, 0.068), abs=0.01)
+    assert interval([1.0]) == pytest.approx((0.207, 1.0), abs=0.001)
 
 
 @pytest.mark.parametrize("ties", [0.0, 0.4])
@@ -182,6 +207,18 @@ def test_people_agree_or_not_and_their_mean_is_the_score() -> None:
     three = count(pairs, one + other + [Vote(v.pair, "rater-3", *v_first(v)) for v in noise])
     assert three.win_rate.agreement == pytest.approx((1 + 2 * apart.win_rate.agreement) / 3)
     assert {round(score or 0, 2) for score in three.scores} == {0.0, 0.33, 0.67, 1.0}
+
+
+def test_raters_who_agree_that_one_model_is_better_do_not_agree_by_chance() -> None:
+    pairs = [make_pair(n) for n in range(60)]
+    votes = [
+        Vote(p.id, f"rater-{r}", "candidate", "opponent" if n == r else "candidate")
+        for r in (1, 2)
+        for n, p in enumerate(pairs)
+    ]
+    found = count(pairs, votes, "people (2)")
+    assert found.win_rate.agreement is not None
+    assert found.win_rate.agreement > 0.9
 
 
 def v_first(vote: Vote) -> tuple[Side | None, Preferred | None]:

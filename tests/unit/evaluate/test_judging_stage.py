@@ -27,6 +27,9 @@ from posttrain.recipe.judge import JudgeConfig
 from posttrain.stages.judge import main
 from posttrain.stages.program import StageContext, StageInput, StageJob, StageResult
 from posttrain.store.files import write_json
+from tests.unit.evaluate.test_judging_endpoint import KEY, Served, completion, server
+
+__all__ = ["server"]
 
 Run = Callable[..., tuple[StageContext[JudgeConfig], StageResult]]
 
@@ -116,15 +119,17 @@ def run(tmp_path: Path, one_model: Path, other_model: Path, chats: Path) -> Run:
     return run
 
 
-def fill(folder: Path, key: Key, rater: str, out: Path, likes: str = "first") -> StageInput:
+def fill(
+    folder: Path, key: Key, rater: str, out: Path, likes: str = "first", rows: int = 99
+) -> StageInput:
     """Fill in a rater's table with the candidate's answers, or the opponent's."""
     with (folder / "sheets" / f"{rater}.csv").open(encoding="utf-8-sig", newline="") as file:
-        header, *rows = list(csv.reader(file))
-    for row in rows:
+        header, *table = list(csv.reader(file))
+    for row in table[:rows]:
         order = key.orders[rater][row[header.index("item")]]
         row[header.index("choice")] = "A" if (order == "AB") == (likes == "first") else "B"
     with out.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
+        csv.writer(file).writerows([header, *table])
     return StageInput(kind="source", path=str(out), digest=out.name)
 
 
@@ -185,9 +190,8 @@ def test_raters_who_disagree_meet_in_the_middle(run: Run, tmp_path: Path) -> Non
 
 def test_a_sheet_that_is_half_filled_counts_for_what_it_holds(run: Run, tmp_path: Path) -> None:
     first, _ = run("people")
-    filled = fill(first.output, read_key(first.output), "rater-1", tmp_path / "one.csv")
-    lines = Path(filled.path).read_text().splitlines(keepends=True)
-    Path(filled.path).write_text("".join(lines[:4]))
+    key = read_key(first.output)
+    filled = fill(first.output, key, "rater-1", tmp_path / "one.csv", rows=3)
     rated, _ = run("people", inputs={"ratings:0": filled})
     found = WinRate.load(rated.output)
     assert found.scores == (1.0,) * 3
@@ -332,7 +336,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_answers(
     told: list[int] = []
     again = answer(model, rows, answering, tmp_path / "killed", lambda done, _: told.append(done))
     assert again == whole
-    assert told[0] == 3
+    assert told == [3, 6, 8], "a finished batch is not written again"
     assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
 
 
@@ -414,3 +418,23 @@ def test_a_missing_key_costs_no_answers(run: Run, monkeypatch: pytest.MonkeyPatc
     by = {"endpoint": {"url": "http://127.0.0.1:9", "model": "m", "api_key_env": "NO_SUCH_KEY"}}
     with pytest.raises(UsageError, match="NO_SUCH_KEY"):
         run(by, inputs={"model": source(Path("/nowhere"))})
+
+
+def test_an_endpoint_judges_and_its_key_is_in_no_file(
+    run: Run, tmp_path: Path, server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    server.answer = lambda body, number: completion(f"{KEY} says [[{'AB'[number % 3 == 0]}]]")
+    by = {"endpoint": {"url": server.url, "model": "judge-1", "api_key_env": "JUDGE_KEY"}}
+    context, result = run(by)
+    assert len(server.bodies) == 16
+    assert server.keys == [f"Bearer {KEY}"] * 16
+    assert "of 8 prompts by endpoint judge-1" in result.headline
+    again, _ = run(by)
+    assert len(server.bodies) == 16
+    assert bytes_of(again.output) == bytes_of(context.output)
+    votes = pq.read_table(again.output / "answers.parquet").column("votes").to_pylist()
+    assert votes[0][0]["reply"].startswith("*** says [[")
+    files = bytes_of(tmp_path)
+    assert any("cache/judging/votes" in name for name in files)
+    assert not [name for name, content in files.items() if KEY.encode() in content]

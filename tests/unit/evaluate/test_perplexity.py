@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,30 @@ def test_summary_is_weighted_by_tokens(loaded, events):
     # An untrained model knows nothing: about as uncertain as a draw from its vocabulary.
     assert summary.perplexity == pytest.approx(len(tokenizer), rel=0.2)
     assert summary.bits_per_byte == pytest.approx(nats / math.log(2) / summary.bytes)
+
+
+def test_groups_are_summed_up_by_themselves_where_there_are_several(loaded, events):
+    model, tokenizer = loaded
+    rows = rows_of(tokenizer, "documents")
+    named = [
+        replace(row, dataset="mix", group=name)
+        for row, name in zip(rows, ["b", "a", "b", "b"], strict=True)
+    ]
+    scored = score_rows(model, tokenizer, named, 4, events)
+    assert [(row.dataset, row.group) for row in scored] == [
+        ("mix", "b"),
+        ("mix", "a"),
+        ("mix", "b"),
+        ("mix", "b"),
+    ]
+    summary = summarise(scored)
+    assert list(summary.groups) == ["a", "b"]
+    assert summary.groups["a"] == summarise([scored[1]])
+    assert summary.groups["b"] == summarise([scored[0], scored[2], scored[3]])
+    assert summary.tokens == sum(group.tokens for group in summary.groups.values())
+    assert summarise([replace(row, group="") for row in scored]) == summary.model_copy(
+        update={"groups": {}}
+    )
 
 
 def test_progress_reaches_the_end(loaded, events, tmp_path):
