@@ -5,7 +5,7 @@ LOCK   ?= requirements.lock
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: bench-online help install lock quickstart test lint test-slow test-gpu proof-quickstart bench-data bench-train bench-ppo bench-memory clean
+.PHONY: bench-eval bench-gate bench-online help install lock quickstart test lint test-slow test-gpu proof-quickstart bench-data bench-train bench-ppo bench-memory clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -80,6 +80,12 @@ bench-ppo: install .venv-peers-ppo/.installed  ## Speed of PPO and DPO beside TR
 
 bench-online: install  ## Learning curves of PPO, GRPO and RLOO on one task.
 	@$(BIN)/python benchmarks/online.py $(BENCH)
+
+bench-eval: install  ## Speed of benchmarks with shared prefixes beside lm-eval's own model.
+	@$(BIN)/python benchmarks/evaluation.py $(BENCH)
+
+bench-gate: install  ## How often the gate is right, by simulation.
+	@$(BIN)/python benchmarks/gate.py $(BENCH)
 
 bench-memory: install  ## Estimated memory beside what training really takes.
 	@$(BIN)/python benchmarks/memory.py $(BENCH)

@@ -36,8 +36,9 @@ def sweep(
         over: Keys with their values, each as KEY=A,B,C or KEY=LOW..HIGH, such as
             sft.adapter.rank=4,8,16,32.
         overrides: Other values to change, each as key=value.
-        metric: The number that decides, as STAGE.METRIC. Default: the held-out loss of the last
-            training stage that the keys change.
+        metric: The number that decides, as STAGE.METRIC, or a gate's name. Default: the held-out
+            loss of the last training stage that the keys change, or the gate where only a merge is
+            swept.
         maximize: Whether more of it is better.
         trials: Combinations to try where a key has a range; lists are tried in full.
         seeds: Runs of each trial with different seeds.

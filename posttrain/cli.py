@@ -295,14 +295,26 @@ def store_gc(
     keep_runs: Annotated[int, typer.Option(help="Runs of each recipe whose results stay.")] = 10,
     keep_days: Annotated[float, typer.Option(help="Days for which everything stays.")] = 7.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
+    ignore_registry: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-registry",
+            help="Go on where the model registry cannot be reached: registered models may go.",
+        ),
+    ] = False,
 ) -> None:
     """Remove artifacts that no recent run needs, and what killed runs left."""
+    from posttrain.errors import StoreError
     from posttrain.home import Home
     from posttrain.registry import registered_fingerprints
     from posttrain.store.gc import collect, find_garbage
 
     home = Home.find()
-    store, needed = home.store, registered_fingerprints(home)
+    store = home.store
+    try:
+        needed = set() if ignore_registry else registered_fingerprints(home)
+    except StoreError as error:
+        raise StoreError(f"{error}; --ignore-registry goes on without it") from error
     garbage = find_garbage(store, keep_runs=keep_runs, keep_days=keep_days, needed=needed)
     for item in garbage:
         relative = item.path.relative_to(store.root)

@@ -4,9 +4,11 @@ PosttrainError
 ├── UsageError            exit 2   the command line or the environment is wrong
 ├── RecipeError           exit 2   one or more problems in a recipe, all reported at once
 ├── DataError             exit 1   a source or a row cannot be used
+├── SandboxError          exit 1   code of an answer cannot be run safely here
 ├── ModelError            exit 1   a model folder, Hub id or GGUF file cannot be used
 ├── StageFailed           exit 1   a stage's program ended with an error
 ├── StageInterrupted      exit 1   a stage was stopped from outside; the next run goes on
+├── NothingPasses         exit 3   no trial of a sweep passes its gate
 └── StoreError            exit 1   the store cannot be read or written
     └── CorruptArtifact   exit 1   an artifact's files are not what its manifest says
 

@@ -175,9 +175,30 @@ class JudgingSteps(DataSteps):
         elif len(bases) > 1:
             fix = "give their `evaluate` stages the same settings"
             self._problem(f"{where}.candidates", "are not measured alike", fix)
-        else:
+        elif not self._asks_too_much(where, config, judged):
             output = self._add_decision(config, judged)
             self.verdicts[output.step] = judged
+
+    def _asks_too_much(self, where: str, config: GateConfig, judged: list[Evaluation]) -> bool:
+        """Whether the gate asks for what is not measured; reports it."""
+        measured = self._step(judged[0].candidate).config
+        assert isinstance(measured, EvaluateConfig)
+        known = measured.names()
+        asked = {"must_improve": config.must_improve, "max_drops": tuple(config.max_drops)}
+        problems = [
+            (f"{where}.{key}", f"no task `{name}` is evaluated", f"there are: {', '.join(known)}")
+            for key, names in asked.items()
+            for name in names
+            if name not in known
+        ]
+        for one in judged:
+            judges = [judge for judge, model in self.comparisons.items() if model == one.model]
+            if len(judges) > 1:
+                message = f"{' and '.join(judges)} judge one model, and the gate looks at one judge"
+                problems.append((where, message, "put all but one of them behind the gate"))
+        for problem in problems:
+            self._problem(*problem)
+        return bool(problems)
 
     def _compared_with(self, config: GateConfig, one: Evaluation) -> Output:
         return one.base if config.against == "base" else self.evaluations[config.against].candidate
@@ -220,7 +241,10 @@ class JudgingSteps(DataSteps):
 
     def _add_register(self, where: str, config: RegisterConfig) -> None:
         if not self.verdicts:
-            fix = "put `- gate: {}` before it, after an `evaluate`"
+            fix = (
+                "put `- gate: {}` before it, after an `evaluate`; or register by hand: "
+                "`posttrain registry add MODEL --name NAME --override REASON`"
+            )
             self._problem(where, "would register a model that no gate has passed", fix)
             return
         gate, judged = [*self.verdicts.items()][-1]
@@ -239,7 +263,9 @@ class JudgingSteps(DataSteps):
             for one in judged:
                 name = "model" if len(judged) == 1 else f"{CHOICE}{one.candidate.step}"
                 inputs[name] = one.model
-            self._add("register", config, inputs)
+            licenses = {name: spec.license for name, spec in self.recipe.datasets.items()}
+            stated = {name: license for name, license in licenses.items() if license}
+            self._add("register", config.model_copy(update={"licenses": stated}), inputs)
 
 
 def _is_adapter(model: Input) -> bool:

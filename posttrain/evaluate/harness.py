@@ -232,8 +232,8 @@ def _draw(task: str, size: int, benchmarks: Benchmarks) -> list[int] | None:
     """
     if benchmarks.limit is None or size <= benchmarks.limit:
         return None
-    order = list(range(size))
-    random.Random(f"{benchmarks.seed}:{task}").shuffle(order)
+    # All of them and then the first: `sample` draws few items in another way than many.
+    order = random.Random(f"{benchmarks.seed}:{task}").sample(range(size), size)
     return sorted(order[: benchmarks.limit])
 
 

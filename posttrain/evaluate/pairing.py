@@ -52,7 +52,7 @@ def check_comparable(first: Evaluation, second: Evaluation) -> None:
     differences = first.results.settings.differences(second.results.settings)
     lines = "".join(f"\n  {line}" for line in differences)
     raise DataError(
-        f"gate: {first.label} and {second.label} were evaluated with different settings, so their "
+        f"{first.label} and {second.label} were evaluated with different settings, so their "
         f"difference would mean nothing; evaluate both with the same recipe ({first.label} first "
         f"below):{lines}"
     )

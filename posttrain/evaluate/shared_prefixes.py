@@ -243,7 +243,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         requests = _example(self.vocab_size, self.max_length)
         quiet = tqdm(disable=True)
         try:
-            # A pass of each kind: kept, standing on what was kept, of several rows.
+            # In one pass; and cut, so that most passes stand on what was kept.
             found = [self._score(requests, budget, quiet) for budget in (7, 64)]
         except Exception as error:  # a model may refuse the mask, the cache or the head in any way
             return f"the model refuses what that takes ({type(error).__name__}: {error})"

@@ -67,3 +67,8 @@ class EvaluateConfig(StageConfig):
     )
     seed: int = 0
     """Seed of the items drawn under `limit` and of few-shot examples."""
+
+    def names(self) -> tuple[str, ...]:
+        """What a gate may name: the tasks, and `DATASET:METRIC` for the metrics of test sets."""
+        own = (f"{one.dataset}:{metric.title}" for one in self.test_sets for metric in one.metrics)
+        return (*dict.fromkeys(self.tasks), *own)

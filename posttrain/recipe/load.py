@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from posttrain.errors import Problem, RecipeError, UsageError
 from posttrain.recipe.adapters import ADAPTERS
 from posttrain.recipe.recipe import STAGES, Recipe
+from posttrain.recipe.test_sets import METRICS, TestSet
 from posttrain.recipe.training import TrainingConfig
 
 
@@ -182,6 +183,9 @@ def _model_at(loc: tuple[str | int, ...]) -> type[BaseModel]:
         if part in ADAPTERS and issubclass(model, TrainingConfig):
             model = ADAPTERS[str(part)]
             continue
+        if part in METRICS and model is TestSet:
+            model = METRICS[str(part)]
+            continue
         field = model.model_fields.get(part) if isinstance(part, str) else None
         if field is None:
             continue
@@ -201,7 +205,8 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
-    return [key for key in _model_at(loc).model_fields if key != "stage"]
+    fields = _model_at(loc).model_fields.items()
+    return [field.alias or key for key, field in fields if key not in ("stage", "metric")]
 
 
 def _describe(loc: tuple[str | int, ...]) -> str | None:

@@ -162,7 +162,7 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "registering without a gate": (
         [SFT, "merge", {"register": {"name": "assistant"}}],
         "stages[2].register: would register a model that no gate has passed\n"
-        "    put `- gate: {}` before it, after an `evaluate`",
+        "    put `- gate: {}` before it, after an `evaluate`; or register by hand",
     ),
     "registering an adapter": (
         [SFT, "evaluate", "gate", {"register": {"name": "assistant"}}],
@@ -215,6 +215,14 @@ WRONG: dict[str, tuple[list[Any], str]] = {
         [SFT, "evaluate", {"gate": {"against": "later"}}],
         "stages[2].gate.against: no evaluation before it is `later`\n"
         "    evaluations before it: evaluate",
+    ),
+    "a gate on a task that nobody asks": (
+        [SFT, "evaluate", {"gate": {"must_improve": ["chats:rouge_l"]}}],
+        "stages[2].gate.must_improve: no task `chats:rouge_l` is evaluated",
+    ),
+    "two judges before one gate": (
+        [SFT, "evaluate", {"judge": {"name": "one"}}, {"judge": {"name": "two"}}, "gate"],
+        "stages[4].gate: one and two judge one model, and the gate looks at one judge",
     ),
     "a gate against its own candidate": (
         [SFT, "evaluate", {"gate": {"against": "evaluate"}}],

@@ -125,7 +125,7 @@ joined.
   stages[1].sft.dtype (line 9): is 'float8'
     write one of: 'auto', 'float32', 'bfloat16' or 'float16'
   stages[2] (line 10): there is no stage `traing`; the stages are prepare, mix, \
-pretrain, sft, reward, ppo, grpo, rloo, dpo, orpo, kto, merge, evaluate, gate
+pretrain, sft, reward, ppo, grpo, rloo, dpo, orpo, kto, merge, evaluate, judge, gate, register
 """
 
 
