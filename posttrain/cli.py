@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from posttrain.plan import Plan
     from posttrain.store import Artifact
     from posttrain.sweeping.plan import SweepRequest
+
+Backend = Literal["shared_prefixes", "hf", "vllm"]
 
 EXIT_GATE_SAID_NO = 3
 EXIT_INTERRUPTED = 130
@@ -173,7 +175,12 @@ def validate(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model folder, Hub id, gguf:FILE or package:NAME.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Model folder, Hub id, gguf:FILE, package:NAME, or RECIPE/STAGE of the store."
+        ),
+    ],
     tasks: Annotated[
         str, typer.Option("--tasks", metavar="A,B", help="lm-eval tasks, such as mmlu,hellaswag.")
     ],
@@ -184,6 +191,19 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="Items a task, drawn with a fixed seed.")
     ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question. Default: the task's.")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Wrap questions in the model's chat template.")
+    ] = False,
+    task_folder: Annotated[
+        list[Path] | None, typer.Option(help="Folder with lm-eval task YAMLs of your own.")
+    ] = None,
+    backend: Annotated[
+        Backend, typer.Option(help="Who answers: shared_prefixes, hf or vllm.")
+    ] = "shared_prefixes",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a forward pass.")] = 16,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on benchmarks; what was measured before is not measured again."""
@@ -198,6 +218,11 @@ def evaluate(
             tuple(name.strip() for name in tasks.split(",") if name.strip()),
             offline_root=str(offline_root) if offline_root else None,
             limit=limit,
+            num_fewshot=num_fewshot,
+            chat_template=chat_template,
+            task_folders=tuple(map(str, task_folder or ())),
+            backend=backend,
+            batch_size=batch_size,
             store=Home.find().store,
             observer=show.observer(console),
         )

@@ -358,6 +358,8 @@ def show_results(console: Console, results: EvaluationResults, artifact: Artifac
     for task in results.tasks:
         error = f"{task.standard_error:.3f}" if task.standard_error is not None else ""
         table.add_row(task.task, task.metric, str(task.n), f"{task.value:.3f}", error)
+    for name, found in results.other_perplexities.items():
+        table.add_row(f"perplexity on {name}", "", str(found.rows), f"{found.perplexity:.2f}", "")
     console.print(table)
     console.print(Text(f"Items: {display_path(artifact.path / 'items.parquet')}"), soft_wrap=True)
 

@@ -113,7 +113,7 @@ def _keep_report(outcome: Outcome, run: PipelineRun) -> None:
         if (folder / "verdict.md").exists():
             verdict = (folder / "verdict.md").read_text(encoding="utf-8")
             create_markdown_artifact(verdict + page, key="verdict")
-        if (folder / "report.json").exists():
+        elif (folder / "report.html").exists():
             data = ReportData.model_validate_json((folder / "report.json").read_bytes())
             create_markdown_artifact(report_markdown(data) + page, key=f"report-{key}")
         address = run.tracker.artifacts_page(name)

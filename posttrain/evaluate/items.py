@@ -54,7 +54,7 @@ class PerplexityRow:
     tokens: int
     bytes: int
     dataset: str = ""
-    """Name of the dataset that it is held out of."""
+    """Name of the dataset that it is held out of; empty where the recipe does not name it."""
     group: str = ""
     """Task, or dataset of a mix, that it belongs to; empty where there is only one."""
 

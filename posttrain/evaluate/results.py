@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,7 +25,29 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-Record = TypeVar("Record", bound=_Record)
+class _File(_Record):
+    """A record that is a file of its own in an artifact."""
+
+    FILE: ClassVar[str]
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read it from an artifact's folder.
+
+        Raises:
+            DataError: the folder has no such file, or none that this version can read.
+        """
+        path = folder / cls.FILE
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise DataError(f"{folder}: no {path.name} in it") from None
+        except ValidationError as error:
+            raise DataError(f"{path}: cannot be read by this version: {error}") from error
+
+    def save(self, folder: Path) -> None:
+        """Write it into an artifact's folder; equal records give equal bytes."""
+        write_json(folder / self.FILE, self.model_dump(mode="json"))
 
 
 def _empty(value: object) -> bool:
@@ -143,8 +165,10 @@ def _differing(where: str, mine: Any, theirs: Any) -> list[str]:
     return [f"{where}: {mine!r} and {theirs!r}"] if mine != theirs else []
 
 
-class EvaluationResults(_Record):
+class EvaluationResults(_File):
     """Content of `results.json`."""
+
+    FILE: ClassVar[str] = "results.json"
 
     tasks: tuple[TaskResult, ...]
     perplexity: PerplexityResult | None
@@ -155,22 +179,11 @@ class EvaluationResults(_Record):
     other_perplexities: Annotated[dict[str, PerplexityResult], Field(exclude_if=_empty)] = {}
     """On further datasets, by name."""
 
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read an evaluation's folder.
 
-        Raises:
-            DataError: the folder holds no evaluation that this version can read.
-        """
-        return _load(cls, folder / "results.json")
-
-    def save(self, folder: Path) -> None:
-        """Write `results.json`."""
-        write_json(folder / "results.json", self.model_dump(mode="json"))
-
-
-class WinRate(_Record):
+class WinRate(_File):
     """Content of `comparison.json`: how often a model's answers were preferred to another's."""
+
+    FILE: ClassVar[str] = "comparison.json"
 
     candidate: str
     """Whose answers are judged: a stage's name."""
@@ -194,19 +207,6 @@ class WinRate(_Record):
     agreement: float | None
     """Cohen's kappa of the raters; None for one rater."""
     warnings: tuple[str, ...] = ()
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read a comparison's folder.
-
-        Raises:
-            DataError: the folder holds no comparison that this version can read.
-        """
-        return _load(cls, folder / "comparison.json")
-
-    def save(self, folder: Path) -> None:
-        """Write `comparison.json`."""
-        write_json(folder / "comparison.json", self.model_dump(mode="json"))
 
 
 Requirement = Literal["must_not_drop", "must_improve"]
@@ -327,8 +327,10 @@ class Change(_Record):
     """The change in words."""
 
 
-class Hacking(_Record):
+class Hacking(_File):
     """Content of `watch.json`: whether the reward rose while an independent signal fell."""
+
+    FILE: ClassVar[str] = "watch.json"
 
     flagged: bool
     """Whether both are shown."""
@@ -346,19 +348,6 @@ class Hacking(_Record):
     """Length, repetition and what else is measured of the answers' form."""
     warnings: tuple[str, ...]
     """What moved in the form of the answers; none of it is a flag by itself."""
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read what a stage's watch left in its folder.
-
-        Raises:
-            DataError: the folder holds no finding that this version can read.
-        """
-        return _load(cls, folder / "watch.json")
-
-    def save(self, folder: Path) -> None:
-        """Write `watch.json`."""
-        write_json(folder / "watch.json", _sorted(self.model_dump(mode="json")))
 
 
 class Watched(_Record):
@@ -388,8 +377,10 @@ class Comparison(_Record):
     sentence: str
 
 
-class Verdict(_Record):
+class Verdict(_File):
     """Content of `verdict.json`."""
+
+    FILE: ClassVar[str] = "verdict.json"
 
     verdict: Outcome
     reasons: tuple[str, ...]
@@ -415,37 +406,8 @@ class Verdict(_Record):
     win_rate: Annotated[WinRateCheck | None, Field(exclude_if=_empty)] = None
     champion: Annotated[Versus | None, Field(exclude_if=_empty)] = None
 
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read a verdict's folder.
-
-        Raises:
-            DataError: the folder holds no verdict that this version can read.
-        """
-        return _load(cls, folder / "verdict.json")
-
-    def save(self, folder: Path) -> None:
-        """Write `verdict.json`."""
-        write_json(folder / "verdict.json", self.model_dump(mode="json"))
-
 
 def three_digits(value: float) -> str:
     """A positive number for reading: `9.81`, `12.3`, `1,234`."""
     decimals = 0 if value >= 100 else 1 if value >= 10 else 2
     return f"{value:,.{decimals}f}"
-
-
-def _load(kind: type[Record], path: Path) -> Record:
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{path.parent}: no {path.name} in it") from None
-    except ValidationError as error:
-        raise DataError(f"{path}: cannot be read by this version: {error}") from error
-
-
-def _sorted(value: Any) -> Any:
-    """The same with the keys of all mappings in order."""
-    if isinstance(value, dict):
-        return {key: _sorted(value[key]) for key in sorted(value)}
-    return [_sorted(item) for item in value] if isinstance(value, list) else value
