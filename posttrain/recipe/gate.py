@@ -28,6 +28,7 @@ class GateConfig(StageConfig):
     """Candidate against base and champion, item by item: no worse than `max_drop`, or no pass."""
 
     produces: ClassVar[ArtifactKind] = "verdict"
+    accounts: ClassVar[frozenset[str]] = frozenset({"report.html", "verdict.md"})
     code_version: ClassVar[int] = 2
 
     stage: Literal["gate"] = "gate"

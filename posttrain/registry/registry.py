@@ -42,6 +42,13 @@ LOCK = "registry.lock"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+_ABOUT = (
+    "Aliases say what a version is for: `champion` is in use, `challenger` waits to be promoted. "
+    "Who moved them, when and why: `posttrain registry show {name}`. Promote and roll back there, "
+    "so that the history is kept."
+)
+
+
 class Registry:
     """MLflow's Model Registry, under the rules of posttrain.
 
@@ -220,6 +227,8 @@ class Registry:
         with redirect_stderr(io.StringIO()):  # it prints what the caller says itself
             made = mlflow.register_model(f"models:/{source}", name, tags=tags)
         client.update_model_version(name, made.version, entry.description())
+        if int(made.version) == 1:
+            client.update_registered_model(name, _ABOUT.format(name=name))
         return int(made.version)
 
     def _check_there(self, version: ModelVersion) -> None:
