@@ -24,6 +24,7 @@ from posttrain.commands import (
     sweep,
 )
 from posttrain.errors import PosttrainError
+from posttrain.terminal import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,7 +113,7 @@ def run(
 
     pipeline = _open(recipe, overrides, from_stage)
     plan = _plan(pipeline, from_stage)
-    console = _console(stderr=as_json)
+    console = make_console(stderr=as_json)
     keeper = show.OutcomeKeeper()
     if plan.nothing_to_do:
         console.print("Nothing to do: every stage is in the store.", style="bold")
@@ -162,7 +163,7 @@ def plan(
         ]
         _print_json({"steps": steps})
     else:
-        show_plan(_console(), made, estimates)
+        show_plan(make_console(), made, estimates)
 
 
 @app.command()
@@ -211,7 +212,7 @@ def evaluate(
     from posttrain.evaluation import evaluate_model
     from posttrain.home import Home
 
-    console = _console(stderr=as_json)
+    console = make_console(stderr=as_json)
     with _ctrl_c_is_no_accident():
         results, artifact = evaluate_model(
             model,
@@ -248,7 +249,7 @@ def ui(
     prefect = servers.prefect_server(servers.free_port(prefect_port))
     mlflow = servers.mlflow_server(home, servers.free_port(mlflow_port))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    console = _console()
+    console = make_console()
     console.print("Starting Prefect and MLflow ...")
     with servers.running(home, [prefect, mlflow]):
         console.print(f"Prefect  {prefect.url}\nMLflow   {mlflow.url}\nCtrl-C stops both.")
@@ -288,7 +289,7 @@ def store_ls(as_json: AsJson = False) -> None:
     if as_json:
         _print_json({"artifacts": [item.manifest.model_dump(mode="json") for item in artifacts]})
     else:
-        show_artifacts(_console(), artifacts)
+        show_artifacts(make_console(), artifacts)
 
 
 @store_app.command("verify")
@@ -447,14 +448,6 @@ def _summary(
         "model": str(model.path) if model else None,
         "stages": stage_rows(pipeline, artifacts, keeper.outcomes),
     }
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    console = Console(stderr=stderr, highlight=False)
-    # A file or a pipe has no width; eighty columns would break every line of numbers.
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=120)
 
 
 def _print_json(value: object) -> None:

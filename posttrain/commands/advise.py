@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from posttrain.terminal import make_console
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -187,7 +189,7 @@ def _show(
     """Method, remarks, reasons, settings, what to watch, runners-up, recipe."""
     from rich.text import Text
 
-    console = _console()
+    console = make_console(width=100)
     console.print(Text(advice.title, style="bold green"))
     for assumption in assumptions:
         console.print(Text(assumption, style="dim"))
@@ -282,10 +284,3 @@ def _resolved(stage: TrainingConfig) -> list[str]:
     if stage.validation.patience is not None:
         parts.append(f"stop after {stage.validation.patience} evaluations without improvement")
     return parts
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=100)

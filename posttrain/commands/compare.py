@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from posttrain.terminal import make_console
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -50,14 +52,12 @@ def compare(
 
     No gate decides here; what both were asked before is not asked again.
     """
-    from rich.console import Console
-
     from posttrain.comparing import compare_models
     from posttrain.console import observer
     from posttrain.home import Home
 
     home = Home.find()
-    console = Console(stderr=as_json, highlight=False)
+    console = make_console(stderr=as_json)
     compared = compare_models(
         first,
         second,

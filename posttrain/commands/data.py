@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain.commands import preferences
+from posttrain.terminal import make_console
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from posttrain.data.preparation import Preparation, Sources
     from posttrain.data.report_data import ReportData
     from posttrain.recipe.datasets import DatasetSpec
@@ -238,7 +237,7 @@ def _contamination(config: PrepareConfig, quiet: bool) -> Path | None:
     store = Home.find().store
     step = contamination_step(ContaminationConfig.of(config.decontaminate), store.digests)
     recipe = Recipe(name="data", model="none", stages=(config,))
-    watch = StageObserver() if quiet else observer(_console(stderr=True))
+    watch = StageObserver() if quiet else observer(make_console(stderr=True))
     bound = Pipeline(recipe, (step,)).bind(step, {})
     return run_step(bound, store, watch).artifact.path
 
@@ -264,7 +263,7 @@ def _show(done: Preparation, report: ReportData, out: Path) -> None:
 
     from posttrain.data.preparation import headline
 
-    console = _console()
+    console = make_console()
     table = Table("operation", box=None, pad_edge=False, header_style="bold")
     table.add_column("rows", justify="right")
     table.add_column("dropped", justify="right")
@@ -296,10 +295,3 @@ def _show(done: Preparation, report: ReportData, out: Path) -> None:
 def _rate(done: Preparation) -> float:
     """Rows a second over all phases."""
     return round(done.counts.rows_in / max(sum(done.seconds.values()), 1e-9), 1)
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=120)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from posttrain.terminal import make_console
 
+if TYPE_CHECKING:
     from posttrain.data.rows import Messages
     from posttrain.finding import Adapter, AdapterFacts, Base
     from posttrain.generation import Answer, Settings
@@ -63,7 +63,7 @@ def generate(
     from posttrain.home import Home
 
     store = Home.find().store
-    base = find_model(model, store, observer(_console(stderr=True)))
+    base = find_model(model, store, observer(make_console(stderr=True, width=140)))
     voices = find_adapters(adapter or ["base"], base, store)
     for voice in voices:
         if voice is not None and voice.doubt is not None:
@@ -143,7 +143,7 @@ def _ask(
     from posttrain.train.processes import prepare_libraries
 
     prepare_libraries()
-    console = _console()
+    console = make_console(width=140)
     generator = Generator(base)
     answers = []
     for voice in voices:
@@ -188,7 +188,7 @@ def _show_answers(prompts: Sequence[Messages], answers: Sequence[Answer]) -> Non
                 table.add_row(*cells, f"{answer.text}{more}")
                 shown = ""
         table.add_section()
-    _console().print(table)
+    make_console(width=140).print(table)
 
 
 # Listing
@@ -220,7 +220,7 @@ def _show_adapters(facts: Sequence[AdapterFacts]) -> None:
             one.made[:16].replace("T", " "),
             f"{one.size / 1e6:,.1f} MB",
         )
-    _console().print(table)
+    make_console(width=140).print(table)
 
 
 def _losses(one: AdapterFacts) -> str:
@@ -234,11 +234,3 @@ def _millions(count: int | None) -> str:
     if count is None:
         return ""
     return f"{count:,}" if count < 100_000 else f"{count / 1e6:.1f}M"
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    # Markup off: a model may write brackets.
-    width = None if (sys.stderr if stderr else sys.stdout).isatty() else 140
-    return Console(stderr=stderr, highlight=False, width=width, markup=False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from posttrain.terminal import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -194,7 +195,7 @@ def _show(
             }
         )
         return
-    console = _console()
+    console = make_console()
     for answer in answers[:limit]:
         _show_row(console, answer, about)
     if len(answers) > 1:
@@ -347,7 +348,7 @@ def _summary(
             }
         )
         return
-    console = _console()
+    console = make_console()
     run = f"  MLflow run {node.mlflow_run_id}" if node.mlflow_run_id else ""
     console.print(f"{_node(node)}{run}", style="bold", soft_wrap=True)
     for one in sets:
@@ -393,11 +394,3 @@ def _count(number: int, noun: str) -> str:
 
 def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # Markup off: a file name may hold brackets.
-    width = None if sys.stdout.isatty() else 120
-    return Console(highlight=False, width=width, markup=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from posttrain.terminal import make_console
 
+if TYPE_CHECKING:
     from posttrain.preferences.agreement import PairAgreement, Share
     from posttrain.preferences.pair_files import PairsRecord
     from posttrain.preferences.pairing import Lengths, PairReport, PairSettings
@@ -165,7 +164,7 @@ def sheet(
         given = {rater: len(orders[rater]) for rater in orders}
         typer.echo(json.dumps({**counts, "given": given, "files": files}, indent=2))
         return
-    console = _console()
+    console = make_console(width=140)
     for rater, path in written.files.items():
         console.print(f"{path}  {len(orders[rater]):,} items for {rater}")
     console.print(f"{out / 'key.json'}  the key: keep it, and hand it to no rater")
@@ -235,7 +234,7 @@ def _sample(
     store = Home.find().store
     reward = find_reward(reward_name, store)
     rows = read_prompt_rows(prompts, store, limit)
-    model = find_policy(*names, store, observer(_console(stderr=True)))
+    model = find_policy(*names, store, observer(make_console(stderr=True, width=140)))
     for source in (model, reward):
         if source.doubt is not None:
             typer.echo(f"warning: {source.doubt}", err=True)
@@ -331,7 +330,7 @@ def _show_pairs(report: PairReport, out: Path) -> None:
     for count, text in lines:
         if count or text in always:
             table.add_row(f"{count:,}", text, style="bold" if text == "pairs" else "")
-    console = _console()
+    console = make_console(width=140)
     console.print(table)
     if report.lengths is not None:
         console.print()
@@ -359,7 +358,7 @@ def _numbers(report: PairReport, lengths: Lengths) -> list[str]:
 def _show_ratings(report: RatedReport, out: Path) -> None:
     from posttrain.preferences.rated import remarks
 
-    console = _console()
+    console = make_console(width=140)
     counts = report.counts
     rest = {
         "ties": counts.ties,
@@ -440,11 +439,3 @@ def _kappa(pair: PairAgreement | None) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    # Markup off: names may have brackets.
-    width = None if (sys.stderr if stderr else sys.stdout).isatty() else 140
-    return Console(stderr=stderr, highlight=False, width=width, markup=False)

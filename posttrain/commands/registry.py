@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from posttrain.terminal import make_console
+
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from posttrain.home import Home
@@ -52,9 +52,9 @@ def ls(as_json: AsJson = False) -> None:
     if as_json:
         _print_json({"models": [asdict(model) for model in models]})
     elif models:
-        _console().print(_model_table(models))
+        make_console().print(_model_table(models))
     else:
-        _console().print("Nothing is registered yet.")
+        make_console().print("Nothing is registered yet.")
 
 
 @app.command("show")
@@ -71,7 +71,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
             {"name": name, "versions": [asdict(one) for one in versions], "history": changes}
         )
         return
-    console = _console()
+    console = make_console()
     console.print(_version_table(versions))
     console.print("\nHistory", style="bold")
     for change in history:
@@ -246,11 +246,3 @@ def _table(*columns: str) -> Table:
 
 def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # Markup off: a reason may hold brackets.
-    width = None if sys.stdout.isatty() else 120
-    return Console(highlight=False, width=width, markup=False)

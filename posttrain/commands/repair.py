@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from posttrain.terminal import make_console
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -49,7 +51,7 @@ def repair(
     from posttrain.home import Home
     from posttrain.repair.session import diagnose, write
 
-    console = _console(stderr=as_json)
+    console = make_console(stderr=as_json)
     found = diagnose(recipe, overrides or [], Home.find().store)
     position = remedy - 1 if remedy is not None else found.first
     settled = found.verdict.verdict == "pass" or (found.passing is not None and remedy is None)
@@ -147,10 +149,3 @@ def _as_json(found: Diagnosis, written: Path | None) -> dict[str, object]:
         ],
         "written": str(written) if written else None,
     }
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=120)

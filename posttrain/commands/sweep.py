@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from posttrain.terminal import make_console
+
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
 
 
 def sweep(
@@ -76,7 +78,7 @@ def sweep(
     )
     home = Home.find()
     plan = plan_sweep(request, home.store)
-    console = _console(stderr=as_json)
+    console = make_console(stderr=as_json)
     watch = board(console, plan)
     console_observers[:], console_watchers[:] = [watch], [watch]
     rejected = False
@@ -92,10 +94,3 @@ def sweep(
         show_result(console, watch.record, plan.folder(home.root))
     if rejected:
         raise typer.Exit(NothingPasses.exit_code)
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=120)

@@ -359,7 +359,7 @@ def _tango(better: int, worse: int, n: int, confidence: float) -> _Interval:
         def excess(null: float) -> float:
             return _tango_statistic(better, worse, n, null) - target
 
-        if abs(mean) >= edge or excess(mean) * excess(away) >= 0:
+        if away * mean >= edge or excess(mean) * excess(away) >= 0:
             return math.copysign(1.0, away)
         # Bisection, since the statistic is infinite where the null leaves no variance.
         return float(optimize.bisect(excess, mean, away, xtol=1e-10))

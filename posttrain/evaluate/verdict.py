@@ -62,6 +62,8 @@ class Candidate:
     """What was found by the stages that learned from rewards on the way to it."""
     comparison: WinRate | None = None
     """How often its answers were preferred."""
+    is_champion: bool = False
+    """Whether it is the present champion itself, which need not prove itself against itself."""
 
     @classmethod
     def read(
@@ -70,6 +72,7 @@ class Candidate:
         label: str = "candidate",
         watched: tuple[Watched, ...] = (),
         comparison: Path | None = None,
+        is_champion: bool = False,
     ) -> Candidate:
         """Read an evaluation's folder, and that of a comparison.
 
@@ -80,6 +83,7 @@ class Candidate:
             Evaluation.read(folder, label),
             watched,
             WinRate.load(comparison) if comparison else None,
+            is_champion,
         )
 
 
@@ -123,7 +127,8 @@ def decide(opponents: Opponents, candidate: Candidate, config: GateConfig) -> Ve
     Raises:
         DataError: as `judge`.
     """
-    evaluation, champion = candidate.evaluation, opponents.champion
+    evaluation = candidate.evaluation
+    champion = None if candidate.is_champion else opponents.champion
     found = [compare(opponents.base, evaluation, Rules.beside_base(config), config)]
     if champion:
         found.append(compare(champion, evaluation, Rules.beside_champion(config), config))
@@ -145,6 +150,8 @@ def decide(opponents: Opponents, candidate: Candidate, config: GateConfig) -> Ve
     if versus:
         prefix = f"{versus.opponent}: "
         outcomes += [(outcome, prefix + sentence) for outcome, sentence in compared[1].outcomes]
+    if candidate.is_champion:
+        outcomes.append(("pass", f"{champion_label(config)}: is this very model"))
     if config.reward_hacking == "fail":
         outcomes += [("fail", one.sentence) for one in candidate.watched if one.hacking.flagged]
     main, others = _by_dataset(compared[0].perplexities)

@@ -65,7 +65,9 @@ def gate(make_context, tmp_path):
                 inputs[f"candidate:{name}"] = write(name, one)
         else:
             inputs["candidate"] = write("candidate", candidates)
-        if champion is not None:
+        if champion == "the candidate":
+            inputs["champion"] = inputs["candidate"]
+        elif champion is not None:
             inputs["champion"] = write("champion", champion)
         for name, found in (preferred or {}).items():
             where = folder / name.replace(":", "-")
@@ -121,6 +123,17 @@ def test_worse_than_the_base_fails_beside_any_champion(gate):
     assert verdict.verdict == "fail"
     assert verdict.champion is not None
     assert verdict.champion.verdict == "pass"
+
+
+def test_the_champion_need_not_prove_itself_against_itself(gate):
+    base, better = {"quiz": [0.0] * 20}, {"quiz": [1.0] * 20}
+    # Another model with the same answers to so few items would have to.
+    assert gate(base, better, better)[1].verdict == "not enough evidence"
+    _, verdict, page = gate(base, better, "the candidate")
+    assert verdict.verdict == "pass"
+    assert verdict.champion is None
+    assert verdict.reasons[-1] == "champion demo: is this very model"
+    assert "- champion demo: is this very model" in page
 
 
 def test_a_champion_that_is_to_be_ignored_is_not_looked_at(gate):

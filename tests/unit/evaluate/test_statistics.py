@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from posttrain.evaluate import statistics
 from posttrain.evaluate.statistics import (
     PairedDifference,
     holm,
@@ -250,3 +251,11 @@ def test_rows_without_tokens_are_refused(tokens):
 def test_one_row_is_refused():
     with pytest.raises(ValueError, match="two or more"):
         paired_nats([1.0], [2.0], [3])
+
+
+def test_a_clean_sweep_is_evidence() -> None:
+    # Tango's interval ends at Wilson's where all items go one way: z^2 / (n + z^2) is left open.
+    won = statistics.paired_difference([0.0] * 60, [1.0] * 60, bootstrap_samples=1000)
+    lost = statistics.paired_difference([1.0] * 60, [0.0] * 60, bootstrap_samples=1000)
+    assert (won.low, won.high) == (pytest.approx(2 * 0.9568 - 1, abs=1e-3), 1.0)
+    assert (lost.low, lost.high) == (-1.0, pytest.approx(1 - 2 * 0.9568, abs=1e-3))
