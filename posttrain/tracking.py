@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,15 @@ PREFIX = "posttrain."
 
 _DIGEST_LENGTH = 36
 """MLflow keeps no more of a dataset's digest; the whole one is in a tag."""
+
+
+_REFUSED = re.compile(r"[^\w.\-/: ]")
+"""Characters that MLflow takes in no name of a metric or tag."""
+
+
+def mlflow_name(name: str) -> str:
+    """The name as MLflow takes it: `tests:pass@1` becomes `tests:pass_at_1`."""
+    return _REFUSED.sub("_", name.replace("@", "_at_"))
 
 
 class MlflowTracker(StageObserver):
@@ -165,7 +175,7 @@ class MlflowTracker(StageObserver):
         moment = int(time.time() * 1000)
         client.log_batch(
             run_id,
-            metrics=[Metric(key, value, moment, 0) for key, value in metrics.items()],
+            metrics=[Metric(mlflow_name(key), value, moment, 0) for key, value in metrics.items()],
             params=[Param(key, value[:6000]) for key, value in params.items()],
             tags=[RunTag(f"{PREFIX}{key}", value) for key, value in tags.items()],
         )
@@ -211,7 +221,7 @@ class MlflowTracker(StageObserver):
         if self._client is None or run_id is None or not values:
             return
         moment = int(time.time() * 1000)
-        metrics = [Metric(key, value, moment, at) for key, value in values.items()]
+        metrics = [Metric(mlflow_name(key), value, moment, at) for key, value in values.items()]
         self._client.log_batch(run_id, metrics=metrics)
 
     def _finished(self, step: BoundStep, artifact: Artifact) -> None:
@@ -219,7 +229,7 @@ class MlflowTracker(StageObserver):
         if client is None or run_id is None:
             return
         for key, value in artifact.manifest.metrics.items():
-            client.log_metric(run_id, key, value)
+            client.log_metric(run_id, mlflow_name(key), value)
         client.set_tag(run_id, f"{PREFIX}output", artifact.digest)
         client.set_tag(run_id, f"{PREFIX}path", str(artifact.path))
         client.set_tag(run_id, "mlflow.note.content", artifact.manifest.headline)
@@ -264,7 +274,7 @@ class MlflowTracker(StageObserver):
             return
         moment = int(time.time() * 1000)
         metrics = [
-            Metric(f"{step.step.name}.{key}", value, moment, 0)
+            Metric(mlflow_name(f"{step.step.name}.{key}"), value, moment, 0)
             for key, value in artifact.manifest.metrics.items()
         ]
         self._client.log_batch(self.run_id, metrics=metrics)

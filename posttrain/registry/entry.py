@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from posttrain.evaluate.results import Verdict
@@ -11,8 +10,8 @@ from posttrain.lineage.graph import SHORT, label
 from posttrain.registry.judged import Judged
 from posttrain.registry.ways import way_to
 from posttrain.store import Artifact
+from posttrain.tracking import PREFIX, mlflow_name
 
-PREFIX = "posttrain."
 FINGERPRINT = f"{PREFIX}fingerprint"
 DIGEST = f"{PREFIX}digest"
 PATH = f"{PREFIX}path"
@@ -26,8 +25,6 @@ OVERRIDE = f"{PREFIX}override"
 
 NOT_JUDGED = "not judged"
 """In place of a verdict, where no gate has judged the model."""
-
-_NOT_IN_A_KEY = re.compile(r"[^\w.\- /:]")
 
 
 @dataclass(frozen=True)
@@ -71,11 +68,11 @@ class Entry:
             return tags
         tags[GATE] = self.judged.gate.fingerprint
         numbers = self.judged.evaluation.manifest.metrics
-        tags |= {_key(METRIC, name): f"{value:.4g}" for name, value in numbers.items()}
+        tags |= {mlflow_name(METRIC + name): f"{value:.4g}" for name, value in numbers.items()}
         verdict = self.judged.verdict
         for check in verdict.checks:
             bounds = f"[{check.low:+.3f}, {check.high:+.3f}]"
-            tags[_key(DIFFERENCE, check.task)] = f"{check.difference:+.3f} {bounds}"
+            tags[mlflow_name(DIFFERENCE + check.task)] = f"{check.difference:+.3f} {bounds}"
         if verdict.champion is not None:
             tags[AGAINST] = verdict.champion.opponent
         return tags
@@ -107,8 +104,3 @@ def _reasons(verdict: Verdict) -> tuple[str, ...]:
         return verdict.reasons
     against = [f"{verdict.champion.opponent}: {text}" for text in verdict.champion.reasons]
     return (*verdict.reasons, *(text for text in against if text not in verdict.reasons))
-
-
-def _key(prefix: str, name: str) -> str:
-    """A tag's key, which MLflow restricts to letters, digits and a few signs."""
-    return prefix + _NOT_IN_A_KEY.sub("_", name)

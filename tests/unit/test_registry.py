@@ -28,6 +28,7 @@ from posttrain.registry.history import champions
 from posttrain.stages.program import StageContext, read_result
 from posttrain.stages.register import main
 from posttrain.store.gc import find_garbage
+from posttrain.tracking import mlflow_name
 from tests.unit.registry_store import Judging, stage_dir
 
 NAME = "python-assistant"
@@ -519,3 +520,12 @@ def test_two_promotions_at_once_are_both_recorded(home, made, registry):
     assert (first.before, second.before) == (1, first.after)
     assert registry.model(NAME).champion == second.after
     assert registry.rollback(NAME).after == first.after
+
+
+def test_names_of_metrics_are_those_that_mlflow_takes() -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    for name in ("code:pass@1", "quiz (easy)", "tests:rouge_l", "50% done"):
+        _validate_metric_name(mlflow_name(name))
+    assert mlflow_name("code:pass@1") == "code:pass_at_1"
+    assert mlflow_name("tests:rouge_l") == "tests:rouge_l"
