@@ -67,8 +67,9 @@ def paired_difference(
     - for right/wrong scores, Tango's score interval for paired proportions (Statistics in
       Medicine 17, 1998, 891-908), which counts on outcomes not yet seen;
     - for other scores, Student's t interval;
-    - where no item differs, the exact bound on the share of items that might (the "rule of
-      three", Clopper and Pearson): with n = 5 that is 45 points, with n = 149 two.
+    - where all items differ alike, or not at all, the exact bound on the share of items that might
+      do otherwise (the "rule of three", Clopper and Pearson): with n = 5 that is 45 points, with
+      n = 149 two.
 
     With few groups (say under ten) the variance between them is poorly known and the bounds lean
     on the item-level interval.
@@ -321,16 +322,18 @@ def _standard_error(
 
 def _floor_interval(before: Floats, after: Floats, confidence: float) -> _Interval:
     """The interval that no bootstrap may undercut."""
-    n = len(before)
-    if not (after - before).any():
-        share = 1 - (1 - confidence) ** (1 / n)
-        return _Interval(-share, share)
-    if _is_binary(before) and _is_binary(after):
+    n, difference = len(before), after - before
+    alike = bool((difference == difference[0]).all())
+    if _is_binary(before) and _is_binary(after) and difference.any():
         better, worse = _discordant(before, after)
         return _tango(better, worse, n, confidence)
-    if n == 1:
+    if n == 1 and difference.any():
         return _Interval(-1.0, 1.0)
-    return _student(after - before, np.ones(n), confidence)
+    if alike:
+        # So many items may differ from all that were seen, each by as much as there is room for.
+        share, seen = 1 - (1 - confidence) ** (1 / n), float(difference[0])
+        return _Interval(seen - share * (1 + seen), seen + share * (1 - seen))
+    return _student(difference, np.ones(n), confidence)
 
 
 def _floor_p(before: Floats, after: Floats, null: float) -> float:

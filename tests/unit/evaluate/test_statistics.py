@@ -259,3 +259,10 @@ def test_a_clean_sweep_is_evidence() -> None:
     lost = statistics.paired_difference([1.0] * 60, [0.0] * 60, bootstrap_samples=1000)
     assert (won.low, won.high) == (pytest.approx(2 * 0.9568 - 1, abs=1e-3), 1.0)
     assert (lost.low, lost.high) == (-1.0, pytest.approx(1 - 2 * 0.9568, abs=1e-3))
+
+
+def test_scores_that_all_differ_alike_may_still_be_luck() -> None:
+    found = statistics.paired_difference([0.25] * 20, [0.75] * 20, bootstrap_samples=1000)
+    # With 95% confidence at most 13.9% of the items do otherwise; at worst they lose all.
+    assert found.low == pytest.approx(0.5 - 0.1391 * 1.5, abs=1e-4)
+    assert found.high == pytest.approx(0.5 + 0.1391 * 0.5, abs=1e-4)
