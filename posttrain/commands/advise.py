@@ -219,7 +219,7 @@ def _show(
 
 
 def _heading(console: Console, text: str) -> None:
-    console.print(f"\n[bold]{text}[/bold]")
+    console.print(f"\n{text}", style="bold")
 
 
 def _notes(console: Console, notes: tuple[Note, ...]) -> None:

@@ -99,6 +99,8 @@ def test_the_base_is_measured_once_for_both_branches(open_recipe: Any) -> None:
         "base",
         "candidate:evaluate-dpo",
         "candidate:evaluate-kto",
+        "trained:dpo",
+        "trained:kto",
     }
 
 
