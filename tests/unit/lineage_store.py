@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,8 @@ class Made:
 
     def __init__(self, root: Path) -> None:
         self.store = Store(root)
+        # Manifests know the time to the second, and what is made here is made faster than that.
+        self._moments = (now() + timedelta(seconds=count) for count in itertools.count())
 
     def put(
         self,
@@ -95,7 +99,7 @@ class Made:
             config=config,
             inputs=inputs,
             files=files,
-            created=now(),
+            created=next(self._moments),
             seconds=1.0,
             packages={},
             hardware={},

@@ -19,6 +19,9 @@ from posttrain.plan import make_plan
 from posttrain.repair.session import Diagnosis, diagnose, write
 from posttrain.store import Artifact, Store
 
+# One recipe is run to its end, and so is what repairs it.
+pytestmark = pytest.mark.slow
+
 RECIPE = """\
 # Answers in one voice.
 name: voice

@@ -220,6 +220,7 @@ def test_an_unknown_task_is_told_with_its_near_names(quiz):
         load_benchmarks(Benchmarks(("quiz", "helaswag"), (quiz,)))
 
 
+@pytest.mark.slow  # the Hub is tried for half a minute
 def test_a_benchmark_out_of_reach_asks_for_a_folder_or_a_connection(tmp_path):
     # Through a group of one's own, which may reach into lm-eval's tasks.
     (tmp_path / "far.yaml").write_text("group: far\ntask: [arc_easy]\n")
