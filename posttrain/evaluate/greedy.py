@@ -5,14 +5,20 @@ Importing this module imports torch and transformers: do it inside functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.evaluate.samples import end_tokens
-from posttrain.train.rollout import Answer, batches_by_length, make_batch
+from posttrain.train.rollout import (
+    Answer,
+    batches_by_length,
+    make_batch,
+    only_settings,
+    read_answers,
+    up_to_end,
+)
 
 
 def write_greedily(
@@ -46,37 +52,20 @@ def write_greedily(
         eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    written: dict[int, Answer] = {}
+    written: dict[int, list[int]] = {}
     device = next(model.parameters()).device
     for rows in batches_by_length([len(prompt) for prompt in prompts], batch_size):
         # Padded on the left: every prompt ends where its answer begins.
         batch = make_batch(
             [prompts[row] for row in rows], [[]] * len(rows), tokenizer.pad_token_id, device
         )
-        with torch.inference_mode(), _only(config, model):
+        with torch.inference_mode(), only_settings(model, config):
             out = model.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 generation_config=config,
             )
         for row, ids in zip(rows, out[:, batch.input_ids.shape[1] :].tolist(), strict=True):
-            written[row] = _answer(tokenizer, ids, ends)
+            written[row] = up_to_end(ids, ends)
         tell(len(written), len(prompts))
-    return [written[row] for row in range(len(prompts))]
-
-
-def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: Sequence[int]) -> Answer:
-    stop = next((place for place, token in enumerate(ids) if token in ends), None)
-    kept = ids if stop is None else ids[: stop + 1]
-    return Answer(kept, str(tokenizer.decode(kept, skip_special_tokens=True)), stop is not None)
-
-
-@contextmanager
-def _only(config: GenerationConfig, model: PreTrainedModel) -> Iterator[None]:
-    """Put the config in the place of the model's own, which would fill in what it leaves open."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own, causal.generation_config = causal.generation_config, config
-    try:
-        yield
-    finally:
-        causal.generation_config = own
+    return read_answers([written[row] for row in range(len(prompts))], ends, tokenizer)

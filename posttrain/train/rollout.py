@@ -218,7 +218,7 @@ class TransformersRollouts:
         # Detail 2: queries are padded on the left, so that each ends where its answer begins.
         batch = make_batch(prompts, [[]] * len(prompts), self._tokenizer.pad_token_id, device)
         uniform = torch.from_numpy(draws).to(device)
-        with torch.inference_mode(), _generation_config(self._model, self._config):
+        with torch.inference_mode(), only_settings(self._model, self._config):
             out = self._model.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -252,7 +252,7 @@ class _Draws(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
 
 
 @contextmanager
-def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def only_settings(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Put the config in the place of the model's own, which would fill in what it leaves open."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     own, causal.generation_config = causal.generation_config, config

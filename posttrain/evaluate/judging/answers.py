@@ -23,7 +23,7 @@ from posttrain.store.fingerprint import canonical_json
 from posttrain.train.prompts import Prompt, encode_prompts, prompt_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from posttrain.train.rollout import Answer
 
 Tell = Callable[[int, int], None]
 """Told how many answers there are, of how many."""
@@ -161,6 +161,7 @@ def _missing(
     digest: str,
 ) -> Iterator[list[AnswerSet]]:
     """The answers that are not there yet, a batch at a time; always the same batches."""
+    from posttrain.evaluate.greedy import write_greedily
     from posttrain.models import load_causal_lm, load_tokenizer
     from posttrain.train.rollout import batches_by_length
 
@@ -171,12 +172,12 @@ def _missing(
         if all(index in done for index in batch):
             continue
         ids = [prompts[index].input_ids for index in batch]
-        written = write_greedily(weights, tokenizer, ids, answering.max_new_tokens)
+        written = write_greedily(weights, tokenizer, ids, answering.max_new_tokens, len(ids))
         yield [
             AnswerSet(
                 index=index,
                 prompt=turns_of(prompts[index].messages),
-                answers=(one,),
+                answers=(sampled(one),),
                 source=f"{prompts[index].row.file}:{prompts[index].row.row}",
                 model=model.digest,
                 sampling=digest,
@@ -188,44 +189,6 @@ def _missing(
     gc.collect()
 
 
-def write_greedily(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-) -> list[SampledAnswer]:
-    """The likeliest token after another, to all prompts in one batch.
-
-    The model's own generation settings, which may ask for sampling or punish repetition, are
-    replaced: two models are compared under the same ones.
-    """
-    import torch
-    from transformers import GenerationConfig
-
-    from posttrain.evaluate.samples import end_tokens
-    from posttrain.train.rollout import make_batch, read_answers, up_to_end
-
-    ends = end_tokens(model, tokenizer)
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own, causal.generation_config = (
-        causal.generation_config,
-        GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=ends or None,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
-    )
-    device = next(model.parameters()).device
-    batch = make_batch(prompts, [[]] * len(prompts), tokenizer.pad_token_id, device)
-    try:
-        with torch.inference_mode():
-            out = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    finally:
-        causal.generation_config = own
-    rows: list[list[int]] = out[:, batch.input_ids.shape[1] :].tolist()
-    answers = read_answers([up_to_end(row, ends) for row in rows], ends, tokenizer)
-    return [
-        SampledAnswer(text=one.text.strip(), tokens=len(one.token_ids), ended=one.ended)
-        for one in answers
-    ]
+def sampled(one: Answer) -> SampledAnswer:
+    """An answer as it is kept, and as judges see it."""
+    return SampledAnswer(text=one.text.strip(), tokens=len(one.token_ids), ended=one.ended)

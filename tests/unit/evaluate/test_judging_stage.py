@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from posttrain.data.prepared import PreparedDataset, write_dataset
 from posttrain.data.rows import Chat, Document, Message
 from posttrain.errors import DataError, ModelError, UsageError
-from posttrain.evaluate.judging.answers import Answering, answer, draw_prompts, write_greedily
+from posttrain.evaluate.greedy import write_greedily
+from posttrain.evaluate.judging.answers import Answering, answer, draw_prompts, sampled
 from posttrain.evaluate.judging.pairs import Pair, Written
 from posttrain.evaluate.judging.prompting import BEGUN, LETTER_ALONE, judging_prompt
 from posttrain.evaluate.results import WinRate
@@ -351,7 +352,7 @@ def test_answers_are_the_models_likeliest_words_whatever_its_own_settings(
         tokenizer(text, add_special_tokens=False)["input_ids"]
         for text in ("One", "Two and three and four", "Five six")
     ]
-    found = write_greedily(model, tokenizer, prompts, 5)
+    found = [sampled(one) for one in write_greedily(model, tokenizer, prompts, 5, len(prompts))]
     assert model.generation_config.repetition_penalty == 5.0
     for prompt, one in zip(prompts, found, strict=True):
         ids = list(prompt)
