@@ -23,6 +23,7 @@ from posttrain.evaluate.item_texts import texts_of
 from posttrain.evaluate.items import Item
 from posttrain.evaluate.language_models import Backend, RememberingLM, load_transformers
 from posttrain.evaluate.results import TaskResult, TaskSettings
+from posttrain.evaluate.shares import mean, standard_error
 from posttrain.events import EventWriter
 
 if TYPE_CHECKING:
@@ -307,32 +308,20 @@ def _summarise(name: str, items: Sequence[Item], answers: dict[str, Any]) -> Tas
     return TaskResult(
         task=name,
         metric=metric,
-        value=_mean(values),
-        standard_error=_standard_error(values),
+        value=mean(values),
+        standard_error=standard_error(values),
         n=len(items),
         higher_is_better=answers["higher_is_better"][leaf].get(metric) is not False,
         metrics={
-            key: _mean([item.metrics[key] for item in items if key in item.metrics])
+            key: mean([item.metrics[key] for item in items if key in item.metrics])
             for key in items[0].metrics
         },
         groups={
-            group: _mean([item.value for item in items if item.group == group]) for group in groups
+            group: mean([item.value for item in items if item.group == group]) for group in groups
         }
         if len(groups) > 1
         else {},
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _standard_error(values: Sequence[float]) -> float | None:
-    n = len(values)
-    if n < 2:
-        return None
-    mean = _mean(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
 
 
 def _task_settings(answers: dict[str, Any]) -> tuple[TaskSettings, ...]:

@@ -1,8 +1,9 @@
-"""Shares of few cases, with their intervals. Imports nothing heavy."""
+"""Means and shares of few cases, with what is known of them. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _Z = 1.959963984540054
@@ -30,3 +31,17 @@ def wilson(successes: float, cases: int) -> Share:
     spread = share * (1 - share) / cases + z2 / (4 * cases**2)
     half = _Z * math.sqrt(spread) / (1 + z2 / cases)
     return Share(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def mean(values: Sequence[float]) -> float:
+    """Mean of at least one value, rounded once."""
+    return math.fsum(values) / len(values)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean, from the values' own spread; None for a single one."""
+    n = len(values)
+    if n < 2:
+        return None
+    middle = mean(values)
+    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (n - 1) / n)

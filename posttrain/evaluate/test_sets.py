@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from posttrain.errors import DataError
 from posttrain.evaluate.items import Item
 from posttrain.evaluate.metrics import Case, Metric, Scores
 from posttrain.evaluate.results import TaskResult
+from posttrain.evaluate.shares import mean, standard_error
 from posttrain.evaluate.test_rows import LoadedTestSet, load_test_sets
 from posttrain.events import EventWriter
 from posttrain.recipe.evaluate import EvaluateConfig
@@ -287,34 +287,22 @@ def _summarise(
         if wanted
         else answered.answers
     )
-    metrics = {config.title: _mean(scores.values)}
-    metrics |= {name: _mean(values) for name, values in scores.also.items()}
+    metrics = {config.title: mean(scores.values)}
+    metrics |= {name: mean(values) for name, values in scores.also.items()}
     metrics |= scores.corpus
-    metrics["cut_off"] = _mean([float(not answer.ended) for answer in written])
+    metrics["cut_off"] = mean([float(not answer.ended) for answer in written])
     if answered.too_long:
         metrics["too_long"] = len(answered.too_long) / len(tests.questions)
     return TaskResult(
         task=f"{tests.config.dataset}:{config.title}",
         metric=config.title,
-        value=_mean(scores.values),
-        standard_error=_standard_error(scores.values),
+        value=mean(scores.values),
+        standard_error=standard_error(scores.values),
         n=len(scores.values),
         higher_is_better=True,
         metrics=metrics,
         groups={},
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _standard_error(values: Sequence[float]) -> float | None:
-    n = len(values)
-    if n < 2:
-        return None
-    mean = _mean(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
 
 
 def _settings(tests: LoadedTestSet) -> dict[str, Any]:
